@@ -1,0 +1,524 @@
+"""Captioned images for text-to-image GANs: toy, flowers, cub, coco, or a folder of one's own.
+
+    train = data.load("flowers", "train", size=64)              # pictures of the training classes, prepared once
+    batches = data.Batches(train, batch_size=64, device="cuda")
+    images, wrong, captions, classes = batches(step=0)          # a pure function of (seed, step)
+
+toy      drawn here, no download: flowers of four petal counts, eight petal and four centre colours, five backgrounds
+flowers  Oxford-102 with the captions of Reed et al. (CVPR 2016); test = classes 1-20, train = classes 21-102
+cub      CUB-200-2011 with the captions of Reed et al.; 150 / 50 classes, cropped to the enlarged bounding box
+coco     COCO 2014, train2014 / val2014; every picture is a class of its own
+a path   a folder of any depth, photo.jpg beside photo.txt with one caption a line; sub-folders are classes
+
+Train and test classes are disjoint in toy, flowers and cub (zero-shot); of a folder every tenth picture is held out.
+Pictures are decoded once, in parallel, into a uint8 file of (N, 3, L, L), L = 76/64 of the training size, that is
+memory-mapped: resident memory does not grow with the number of pictures (COCO at 256 px: 23 GB of disk, not of RAM),
+start-up grows with one stat call each. The store lives in ./datasets/cache, so a picture folder is never written to.
+"""
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+CACHE = Path("datasets/cache")
+
+
+class UserError(Exception):
+    """Something the user can put right: one sentence saying what is wrong and what to do. Scripts exit with status 2."""
+
+
+class Picture(NamedTuple):
+    path: Path | None               # None: drawn from `traits`
+    captions: list
+    label: int | str                # class; pictures of equal label are never each other's wrong picture
+    box: tuple | None = None        # CUB: left, top, right, bottom
+    traits: dict | None = None      # toy: what was drawn
+
+
+class Progress:
+    """A bar on stderr with rate and time left. Where stderr is no terminal: a line every half minute."""
+
+    def __init__(self, total, label, unit="images"):
+        self.total, self.label, self.unit, self.done, self.note = total, label, unit, 0, ""
+        self.start, self.shown, self.tty = time.time(), time.time() - (0 if not sys.stderr.isatty() else 9), sys.stderr.isatty()
+
+    def step(self, n=1, note=None):
+        self.done, self.note = self.done + n, self.note if note is None else note
+        if time.time() - self.shown > (0.2 if self.tty else 30) and self.done < self.total:
+            self.show("\r" if self.tty else "\n")
+
+    def show(self, end):
+        self.shown = time.time()
+        rate = self.done / max(self.shown - self.start, 1e-9)
+        left = int((self.total - self.done) / rate) if rate else 0
+        bar = "#" * int(20 * self.done / max(self.total, 1))
+        line = (f"{self.label} [{bar:<20}] {self.done}/{self.total}  {rate:.{0 if rate > 9 else 1}f} {self.unit}/s"
+                f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left  {self.note}")
+        sys.stderr.write(("\r\033[K" if self.tty else "") + line + ("" if end == "\r" else end))
+        sys.stderr.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.show("\n")
+
+
+# ---------------------------------------------------------------------------------------------------- downloads
+# Addresses and checksums as published (Caltech, VGG, cocodataset.org). COCO's host has no valid certificate: http.
+
+URLS = {
+    "cub": [("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1", "CUB_200_2011.tgz",
+             "97eceeb196236b17998738112f37df78", "CUB_200_2011"),
+            ("https://huggingface.co/datasets/alkzar90/CC6204-Hackaton-Cub-Dataset/resolve/main/data/text.zip",
+             "text.zip", None, "text")],
+    "flowers": [("https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", "102flowers.tgz",
+                 "52808999861908f626f3c1f4e79d11fa", "jpg")],
+    "coco": [("http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
+              "annotations_trainval2014.zip", "0a379cfc70b0e71301e0f377548639bd", "annotations"),
+             ("http://images.cocodataset.org/zips/train2014.zip", "train2014.zip",
+              "0da8c0bd3d6becc4dcb32757491aca88", "train2014"),
+             ("http://images.cocodataset.org/zips/val2014.zip", "val2014.zip",
+              "a3d79f5ed8d289b7a7554ce06a5782b3", "val2014")],
+}
+# Google Drive wants a browser for files this old; no direct address of the original captions is known.
+FLOWERS_CAPTIONS = ("https://drive.google.com/file/d/0B0ywwgffWnLLcms2WWJQRFNSWXM/view"
+                    "?resourcekey=0-Av8zFbeDDvNcF1sSjDR32w")
+
+
+def download(url, path, md5=None, sha256=None):
+    """Fetch url to path. An interrupted download is kept as path.part and continued; a wrong checksum is an error."""
+    from torchvision.datasets.utils import check_integrity
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"User-Agent": "text-to-image-gans", "Range": f"bytes={have}-"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                have = have if answer.status == 206 else 0        # 200: the server starts over
+                total = have + int(answer.headers.get("Content-Length") or 0)
+                with open(part, "ab" if have else "wb") as file, Progress(total >> 20, path.name, "MB") as bar:
+                    while block := answer.read(1 << 20):
+                        file.write(block)
+                        bar.step(len(block) / 2**20)
+            if part.stat().st_size < total:
+                raise UserError(f"the download of {url} broke off at {part.stat().st_size} of {total} bytes; "
+                                f"run the same command again to continue")
+        except urllib.error.HTTPError as error:
+            if error.code != 416:                                 # 416: nothing is left to fetch
+                raise UserError(f"{url} answered {error.code} {error.reason}; put the file at {path} by hand") from None
+        except (urllib.error.URLError, OSError) as error:
+            raise UserError(f"could not download {url} ({getattr(error, 'reason', error)}); run the same command again "
+                            f"to continue, or put the file at {path} by hand") from None
+        os.replace(part, path)
+    good = check_integrity(path, md5) if md5 else not sha256 or hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+    if not good:
+        path.unlink()
+        raise UserError(f"{path} did not have the published checksum and was removed; run the same command again")
+    return path
+
+
+def extract(archive, folder, name):
+    """Unpack what lies under a folder called `name` inside the archive to folder/name, whole or not at all."""
+    target, part = Path(folder) / name, Path(folder) / f"{name}.part{os.getpid()}"
+
+    def inside(member):   # the path below `name`, or None: never absolute, never with ..
+        parts = PurePosixPath(member).parts
+        if name not in parts or "__MACOSX" in parts or ".." in parts or member.startswith("/"):
+            return None
+        return "/".join(parts[parts.index(name) + 1:])
+
+    try:
+        if str(archive).endswith(".zip"):
+            with zipfile.ZipFile(archive) as z, Progress(len(z.infolist()), Path(archive).name, "files") as bar:
+                for member in z.infolist():
+                    if inside(member.filename) and not member.is_dir():
+                        member.filename = inside(member.filename)
+                        z.extract(member, part)
+                    bar.step()
+        else:
+            with tarfile.open(archive) as t, Progress(1, Path(archive).name, "archives") as bar:
+                part.mkdir(parents=True)
+                members = ((m, inside(m.name)) for m in t)
+                t.extractall(part, (m.replace(name=to, deep=False) for m, to in members if to and (m.isfile() or m.isdir())),
+                             filter="data")       # refuses what would land outside the folder
+                bar.step()
+        if not part.exists() or not any(part.iterdir()):
+            raise UserError(f"{archive} holds no folder {name}; remove it and run the same command again")
+        os.replace(part, target)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise UserError(f"{archive} could not be unpacked ({error}); remove it and run the same command again") from None
+    finally:
+        if part.exists():
+            import shutil
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def fetch(name, folder):
+    """Download and unpack what is not in the folder yet."""
+    for url, file, md5, inner in URLS[name]:
+        ready = [inner] + (["text_c10", "cvpr2016_cub/text_c10"] if inner == "text" else [])
+        if not any((folder / r).exists() for r in ready):
+            extract(download(url, folder / file, md5), folder, inner)
+
+
+def text_folder(folder, *names):
+    return next((folder / n for n in names if (folder / n).is_dir()), None)
+
+
+# ---------------------------------------------------------------------------------------------------- the sources
+
+def read_captions(path):
+    """One caption a line; empty lines and null bytes are dropped, bytes that are no UTF-8 replaced."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "") if path.is_file() else ""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def flowers(folder, split):
+    """Reed's zero-shot split: class = Oxford label, 1-20 test (1,155 pictures), 21-102 train (7,034)."""
+    fetch("flowers", folder)
+    text = text_folder(folder, "text_c10", "cvpr2016_flowers/text_c10")
+    archive = folder / "cvpr2016_flowers.tar.gz"
+    if text is None and archive.exists():
+        extract(archive, folder, "text_c10")
+        text = folder / "text_c10"
+    if text is None:
+        raise UserError(f"the captions of flowers need a browser: open {FLOWERS_CAPTIONS} and put "
+                        f"cvpr2016_flowers.tar.gz into {folder}")
+    return [Picture(folder / "jpg" / f"{t.stem}.jpg", read_captions(t), int(t.parent.name[6:]))
+            for t in sorted(text.glob("class_*/image_*.txt")) if (int(t.parent.name[6:]) <= 20) == (split == "test")]
+
+
+CUB_TEST = {  # the 50 unseen classes of Reed et al. and everyone since
+    1, 4, 6, 8, 9, 14, 23, 29, 31, 33, 34, 35, 36, 37, 38, 43, 49, 51, 53, 66, 72, 79, 83, 84, 86, 91, 95, 96, 98,
+    101, 102, 103, 112, 114, 119, 121, 130, 135, 138, 147, 156, 163, 165, 166, 180, 183, 185, 186, 187, 197
+}
+
+
+def cub(folder, split):
+    """150 / 50 classes, 8,855 / 2,933 pictures. train_test_split.txt is another split: of pictures, not classes."""
+    fetch("cub", folder)
+    text = text_folder(folder, "text_c10", "cvpr2016_cub/text_c10", "text")
+    base = folder / "CUB_200_2011"
+    rows = [[line.split() for line in (base / f).read_text().splitlines()] for f in ("images.txt", "bounding_boxes.txt")]
+    pictures = []
+    for (number, name), (_, *box) in zip(*rows):
+        if (int(name[:3]) in CUB_TEST) == (split == "test"):
+            # the box of StackGAN, AttnGAN and DF-GAN: a square about its middle, half as wide as 0.75 of the longer side
+            x, y, w, h = (int(float(v)) for v in box)
+            r, cx, cy = int(max(w, h) * 0.75), (2 * x + w) // 2, (2 * y + h) // 2
+            captions = read_captions(text / Path(name).with_suffix(".txt"))
+            pictures.append(Picture(base / "images" / name, captions, int(name[:3]), (cx - r, cy - r, cx + r, cy + r)))
+    return pictures
+
+
+def coco(folder, split):
+    """train2014 (82,783) / val2014 (40,504), the first five captions. No classes: each picture is its own."""
+    fetch("coco", folder)
+    part = "train2014" if split == "train" else "val2014"
+    with open(folder / "annotations" / f"captions_{part}.json", encoding="utf-8") as file:
+        table = json.load(file)
+    captions = {}
+    for note in table["annotations"]:
+        captions.setdefault(note["image_id"], []).append(" ".join(note["caption"].split()))
+    return [Picture(folder / part / image["file_name"], captions.get(image["id"], [])[:5], image["id"])
+            for image in table["images"]]
+
+
+def own(folder, split):
+    """A folder of one's own. Every tenth picture is held out as the test split; below 20 the same ones serve both."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; --data takes toy, flowers, cub, coco or a folder of pictures and captions")
+    kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    paths = sorted(Path(d) / f for d, _, files in os.walk(folder) for f in files if Path(f).suffix.lower() in kinds)
+    if len(paths) < 2:
+        raise UserError(f"{folder} holds {len(paths)} pictures; a folder needs at least 2, each photo.jpg beside photo.txt")
+    if len(paths) >= 20:
+        paths = [p for i, p in enumerate(paths) if (i % 10 == 9) == (split == "test")]
+    return [Picture(p, read_captions(p.with_suffix(".txt")), str(p.parent.relative_to(folder))) for p in paths]
+
+
+# ---------------------------------------------------------------------------------------------------- toy flowers
+
+PETALS = {"red": (205, 30, 45), "pink": (245, 140, 185), "orange": (245, 125, 25), "yellow": (245, 215, 50),
+          "white": (242, 240, 235), "purple": (125, 45, 165), "blue": (50, 85, 215), "turquoise": (45, 195, 190)}
+CENTRES = {"yellow": (250, 205, 40), "white": (250, 248, 240), "brown": (95, 55, 25), "green": (105, 160, 45)}
+GROUNDS = {"dark leaves": (30, 62, 34), "a meadow": (120, 150, 75), "a pale sky": (175, 200, 222), "a dusky sky": (62, 62, 84),
+           "bare soil": (112, 86, 66)}
+COUNTS = {"four": 4, "five": 5, "six": 6, "eight": 8}
+PAIRS = [(p, c) for p in PETALS for c in CENTRES if p != c]
+HELD_OUT = {(p, [c for c in CENTRES if c != p][i % 3]) for i, p in enumerate(PETALS)}   # each petal colour once
+WORDINGS = ["a {petal} flower with {count} petals and a {centre} centre", "this flower has {count} {petal} petals around a {centre} centre",
+            "{count} {petal} petals, {centre} in the middle, {ground} behind", "a {size} {petal} flower with a {centre} centre",
+            "the petals are {petal} and the centre is {centre}", "a {petal} flower with {count} petals before {ground}",
+            "a flower with a {centre} centre and {petal} petals", "{petal} flower", "a {size} flower, {petal}, with {count} petals",
+            "{count} petals of {petal} colour and a {centre} middle", "this is a {petal} flower whose centre is {centre}"]
+
+
+def toy(split, per_class=40, seed=0):
+    """Flowers of (petal colour, centre colour, petal count); the colour pairs of the test split are never trained on."""
+    rng = np.random.default_rng([seed, split == "test"])
+    pairs = [p for p in PAIRS if (p in HELD_OUT) == (split == "test")]
+    pictures = []
+    for label, ((petal, centre), count) in enumerate(itertools.product(pairs, COUNTS)):
+        for _ in range(per_class):
+            radius = rng.uniform(0.27, 0.45)
+            traits = dict(petal=petal, centre=centre, count=count, ground=str(rng.choice(list(GROUNDS))), radius=radius,
+                          size="small" if radius < 0.36 else "large", seed=int(rng.integers(2**31)))
+            captions = [WORDINGS[i].format(**traits) for i in rng.choice(len(WORDINGS), 5, replace=False)]
+            pictures.append(Picture(None, captions, label + 1000 * (split == "test"), traits=traits))
+    return pictures
+
+
+def draw(traits, side):
+    """One toy flower in polar coordinates about its middle: (side, side, 3) uint8, edges soft over one pixel."""
+    rng = np.random.default_rng(traits["seed"])
+    y, x = np.mgrid[0:side, 0:side] / side - 0.5
+    shade = lambda name, table: np.clip(np.array(table[name]) + rng.normal(0, 7, 3), 0, 255)
+    soft = lambda inside: np.clip(inside * side + 0.5, 0, 1)[..., None]
+    # ground: one colour, lighter towards the top, with a few broad waves
+    waves = sum(rng.uniform(-9, 9) * np.sin(2 * np.pi * (rng.uniform(-3, 3) * x + rng.uniform(-3, 3) * y) + rng.uniform(0, 6))
+                for _ in range(5))
+    picture = shade(traits["ground"], GROUNDS) + (waves - 25 * y)[..., None]
+    dx, dy = rng.uniform(-0.05, 0.05, 2)
+    x, y = x - dx, y - dy
+    stem = soft(0.02 - np.abs(x - 0.1 * rng.uniform(-1, 1) * np.sin(3 * y))) * (y > 0)[..., None]
+    picture += stem * (np.array((50, 105, 40)) - picture)
+    r, angle = np.hypot(x, y), np.arctan2(y, x) + rng.uniform(0, 2 * np.pi)
+    lobe = np.abs(np.cos(COUNTS[traits["count"]] * angle / 2))       # 1 along a petal, 0 in the gap beside it
+    edge = traits["radius"] * (0.38 + 0.62 * lobe ** 0.6)
+    light = 0.80 + 0.24 * lobe ** 0.5 - 0.10 * (r / traits["radius"]) ** 2
+    picture += soft(edge - r) * (shade(traits["petal"], PETALS) * light[..., None] - picture)
+    heart = 0.30 * traits["radius"]
+    light = 1.08 - 0.35 * (r / heart) ** 2 + 0.06 * np.sin(40 * x) * np.sin(40 * y)
+    picture += soft(heart - r) * (shade(traits["centre"], CENTRES) * light[..., None] - picture)
+    return np.clip(picture + rng.normal(0, 2, picture.shape), 0, 255).astype(np.uint8)
+
+
+def judge_petals(images):
+    """The petal colour of toy pictures (B, 3, S, S) in [-1, 1]: pixels of the ring where petals are vote for the nearest
+    of all colours drawn; the petal colour with most votes wins. Right for 99% of the drawn pictures (tests)."""
+    pixels = (images.float().cpu().clamp(-1, 1) + 1) * 127.5                                  # (B, 3, S, S)
+    grid = torch.linspace(-0.5, 0.5, images.shape[-1])
+    r = torch.hypot(grid[:, None], grid[None])
+    ring = pixels[..., (r > 0.12) & (r < 0.24)].permute(0, 2, 1)                              # (B, ring, 3)
+    tables = (PETALS, CENTRES, GROUNDS)
+    colours = torch.tensor([c for t in tables for c in t.values()], dtype=torch.float32)
+    names = [n for t in tables for n in t]
+    nearest = torch.cdist(ring, colours[: len(PETALS)]), torch.cdist(ring, colours[len(PETALS) + len(CENTRES):])
+    vote = nearest[0].argmin(-1).masked_fill(nearest[0].amin(-1) > nearest[1].amin(-1), len(PETALS))
+    votes = torch.nn.functional.one_hot(vote, len(PETALS) + 1).sum(1)[:, :-1]
+    return [names[i] for i in votes.argmax(1)]
+
+
+# ---------------------------------------------------------------------------------------------------- preparation
+
+def decode(picture, side):
+    """(3, side, side) uint8, or None where the file is no readable picture.
+
+    One preparation serves all three scripts: the box where there is one, then the central square. (GAN-CLS's code
+    squashed whole pictures to a square and StackGAN's squashed the box; DF-GAN's kept the aspect, as here.)"""
+    if picture.path is None:
+        return draw(picture.traits, side).transpose(2, 0, 1)
+    try:
+        with Image.open(picture.path) as image:
+            if image.mode.startswith("I"):                                     # 16 bits a pixel: keep the upper eight
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            elif "transparency" in image.info or image.mode in ("RGBA", "LA"):
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = ImageOps.exif_transpose(image)
+            if picture.box:
+                left, top, right, bottom = picture.box
+                image = image.crop((max(0, left), max(0, top), min(image.width, right), min(image.height, bottom)))
+            image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+        return np.asarray(image).transpose(2, 0, 1)
+    except Exception:   # Pillow's readers raise nearly every kind of error on a damaged file
+        return None
+
+
+def decoded(pictures, side, label):
+    """Every picture decoded in order, in parallel, a few hundred ahead of the reader at most."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(len(pictures), label) as bar:
+        for i in range(0, len(pictures), 256):
+            for array in pool.map(lambda p: decode(p, side), pictures[i:i + 256]):
+                bar.step()
+                yield array
+
+
+def digest(pictures):
+    """Changes with any picture's name, size, time, box or traits; the 1 with how they are decoded or drawn."""
+    h = hashlib.sha256(b"1")
+    for p in pictures:
+        s = p.path.stat() if p.path else None
+        h.update(repr((str(p.path), s and (s.st_size, s.st_mtime_ns), p.box, p.traits)).encode())
+    return h.hexdigest()
+
+
+def store(pictures, side, stem, key):
+    """Decode once to <stem>.u8, a (N, 3, side, side) uint8 array, and map it into memory. Returns it and the broken ones.
+
+    The description <stem>.json is written last: without it, or with another source, the store is built again."""
+    images, about = stem.with_name(stem.name + ".u8"), stem.with_name(stem.name + ".json")
+    try:
+        known = json.loads(about.read_text())
+        fresh = known["key"] == key and images.stat().st_size == known["count"] * 3 * side * side
+    except (OSError, ValueError, KeyError, TypeError):
+        fresh = False
+    if not fresh:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        about.unlink(missing_ok=True)
+        part, broken = images.with_name(f"{images.name}.part{os.getpid()}"), []
+        try:
+            with open(part, "wb") as file:
+                for picture, array in zip(pictures, decoded(pictures, side, f"preparing {stem.name}")):
+                    if array is None:
+                        broken.append(str(picture.path))
+                    else:
+                        file.write(array.tobytes())
+            os.replace(part, images)
+            known = {"key": key, "count": len(pictures) - len(broken), "broken": broken}
+            part.write_text(json.dumps(known))
+            os.replace(part, about)
+        except OSError as error:
+            raise UserError(f"could not write {images} ({error.strerror}); it needs {len(pictures) * 3 * side**2 >> 20} MB") from None
+        finally:
+            part.unlink(missing_ok=True)
+    size = known["count"] * 3 * side * side
+    return torch.from_file(str(images), shared=False, size=size, dtype=torch.uint8).view(-1, 3, side, side), set(known["broken"])
+
+
+class Dataset:
+    """Prepared pictures with their captions.
+
+    images   (N, 3, L, L) uint8, mapped from disk        captions  every caption, a flat list
+    classes  (N,) 0..C-1                                 first     (N + 1,) picture i has captions first[i]:first[i+1]
+    size     S, the training size; L = 76/64 S           traits    toy: what was drawn, one dict a picture"""
+
+    def __init__(self, name, split, size, pictures, stem):
+        self.name, self.split, self.size, self.stem = name, split, size, stem
+        load_size = math.ceil(size * 76 / 64)
+        mute = [str(p.path) for p in pictures if not p.captions]
+        lost = [str(p.path) for p in pictures if p.captions and p.path and not p.path.is_file()]
+        pictures = [p for p in pictures if p.captions and (p.path is None or p.path.is_file())]
+        broken = set()
+        if pictures:
+            self.key = digest(pictures)
+            self.images, broken = store(pictures, load_size, stem.with_name(f"{stem.name}-{size}"), self.key)
+        self.pictures = [p for p in pictures if str(p.path) not in broken]
+        left_out = [f"{len(names)} {why} ({', '.join(Path(n).name for n in sorted(names)[:5])}{', ...' if len(names) > 5 else ''})"
+                    for why, names in (("without a caption", mute), ("missing", lost), ("broken", broken)) if names]
+        if left_out:
+            print(f"{name} {split}: left out " + ", ".join(left_out), file=sys.stderr)
+        if len(self.pictures) < 2:
+            raise UserError(f"{name} has {len(self.pictures)} usable pictures for {split}; it needs at least 2 pictures with captions")
+        labels = [p.label for p in self.pictures]
+        if len(set(labels)) == 1:             # no classes to tell apart: every picture is its own
+            labels = range(len(labels))
+        numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        self.classes = torch.tensor([numbers[label] for label in labels])
+        self.captions = [c for p in self.pictures for c in p.captions]
+        self.first = torch.tensor([0] + [len(p.captions) for p in self.pictures]).cumsum(0)
+        self.traits = [p.traits for p in self.pictures] if self.pictures[0].traits else None
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def centre(self, index):
+        """The central crops of some pictures: (B, 3, S, S) in [-1, 1]."""
+        a = (self.images.shape[-1] - self.size) // 2
+        return self.images[index, :, a:a + self.size, a:a + self.size].float() / 127.5 - 1
+
+
+def load(name, split="train", size=64, root="datasets", cache=None):
+    """A data set by name, or a folder of one's own by path. split: train or test. size: S, in pixels."""
+    cache, folder = Path(cache or CACHE), Path(root) / name
+    if name == "toy":
+        pictures, label = toy(split), "toy"
+    elif name in ("flowers", "cub", "coco"):
+        pictures, label = {"flowers": flowers, "cub": cub, "coco": coco}[name](folder, split), name
+    else:
+        pictures, label = own(Path(name), split), Path(name).resolve().name
+    # two folders of one name, or one set under two roots, must not evict each other
+    where = hashlib.sha256(str((folder if label == name else Path(name)).resolve()).encode()).hexdigest()[:8]
+    return Dataset(label, split, size, pictures, cache / f"{label}-{where}-{split}")
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+class Batch(NamedTuple):
+    images: torch.Tensor      # (B, 3, S, S) in [-1, 1], randomly cropped and flipped
+    wrong: torch.Tensor       # (B, 3, S, S) images, or (B, k) captions, of another class
+    captions: torch.Tensor    # (B, k) numbers into dataset.captions
+    classes: torch.Tensor     # (B,)
+
+
+class Batches:
+    """Batches as a pure function of (seed, step): a resumed run needs only the step to see the same ones.
+
+    An epoch is a permutation of the pictures, in len(self) batches. Sets of up to a quarter of the device's memory live
+    there; a larger one stays in the memory map and only its batches travel. wrong: "image" or "caption"."""
+
+    def __init__(self, dataset, batch_size, seed=0, device="cpu", captions=1, wrong="image"):
+        self.data, self.batch_size, self.seed, self.device = dataset, batch_size, seed, torch.device(device)
+        self.k, self.wrong = captions, wrong
+        images = dataset.images
+        if self.device.type == "cuda" and images.numel() < torch.cuda.get_device_properties(self.device).total_memory / 4:
+            images = images.to(self.device)
+        s = dataset.size                       # every crop of every picture, as a view: (N, 3, L-S+1, L-S+1, S, S)
+        self.crops = images.unfold(2, s, 1).unfold(3, s, 1)
+        self.by_class = dataset.classes.argsort(stable=True)
+        self.count = dataset.classes.bincount()
+        self.start = self.count.cumsum(0) - self.count
+        self.captions_of = dataset.first.diff()
+
+    def __len__(self):
+        return max(1, len(self.data) // self.batch_size)
+
+    def look(self, index, rng):
+        """A random crop of each picture, every other one mirrored, gathered in one go: (B, 3, S, S) in [-1, 1]."""
+        n, d = len(index), self.crops.device
+        y, x = torch.randint(self.crops.shape[2], (2, n), generator=rng)
+        flip = torch.rand(n, generator=rng) < 0.5
+        crops = self.crops[index.to(d), :, y.to(d), x.to(d)].to(self.device)
+        crops = torch.where(flip.to(self.device)[:, None, None, None], crops.flip(3), crops)
+        return crops.float().div_(127.5).sub_(1)
+
+    def say(self, index, rng):
+        """k captions of each picture, different ones while it has as many: (B, k)."""
+        count = self.captions_of[index][:, None]
+        width = max(int(self.captions_of.max()), self.k)
+        order = (torch.rand(len(index), width, generator=rng) + (torch.arange(width) >= count)).argsort(1)
+        return self.data.first[index][:, None] + order[:, :self.k] % count
+
+    def another(self, index, rng):
+        """A picture of another class for each, uniform over all of them."""
+        label = self.data.classes[index]
+        draw = (torch.rand(len(index), generator=rng) * (len(self.data) - self.count[label])).long()
+        return self.by_class[draw + self.count[label] * (draw >= self.start[label])]
+
+    def __call__(self, step):
+        epoch, at = divmod(step, len(self))
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.seed * 2**20 + epoch))
+        order = order.repeat(-(-self.batch_size // len(order)))              # fewer pictures than a batch: repeat
+        index = order[at * self.batch_size:(at + 1) * self.batch_size]
+        rng = torch.Generator().manual_seed((self.seed * 2**20 + step) ^ 0x5DEECE66D)
+        other = self.another(index, rng)
+        wrong = self.look(other, rng) if self.wrong == "image" else self.say(other, rng).to(self.device)
+        return Batch(self.look(index, rng), wrong, self.say(index, rng).to(self.device), self.data.classes[index].to(self.device))
