@@ -420,3 +420,244 @@ class SmallCnn(nn.Module):
     def forward(self, images):
         x = self.body(images)
         return x.mean((2, 3)), F.adaptive_avg_pool2d(x, 4).flatten(2)
+
+
+class ImageSide(nn.Module):
+    """What text is matched with: a linear layer on pooled features, (B, dim), and one on regions, (B, 256, N).
+
+    The features are Inception's, frozen and computed beforehand, or those of a SmallCnn trained along."""
+
+    def __init__(self, dim, small):
+        super().__init__()
+        self.small = SmallCnn() if small else None
+        self.whole = nn.Linear(128 if small else 2048, dim)
+        self.local = nn.Conv1d(128 if small else 768, 256, 1, bias=False)
+
+    def forward(self, source):
+        pooled, regions = self.small(source) if self.small else source
+        return self.whole(pooled), self.local(regions)
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+def class_means(x, classes):
+    """(C, D) mean of the rows of each class."""
+    total = torch.zeros(int(classes.max()) + 1, x.shape[1], device=x.device).index_add_(0, classes, x)
+    return total / classes.bincount()[:, None]
+
+
+def retrieval(image, text, image_class, text_class):
+    """Top-1 of caption -> class (by its mean picture) and picture -> class (by its mean text, as Reed et al. measure)."""
+    top = lambda x, means, classes: ((x @ means.T).argmax(1) == classes).float().mean().item()
+    return (top(text, class_means(image, image_class), text_class), top(image, class_means(text, text_class), image_class))
+
+
+def train_text_encoder(kind, name, root, device, path, iterations=None, image_features=None, seed=0):
+    """Train an encoder for a data set, save it to path, print its retrieval on held-out classes. Continues an unfinished one."""
+    toy = name == "toy"
+    small = (image_features or ("small" if toy else "inception")) == "small"
+    sje = kind == "char-cnn-rnn"
+    iterations = iterations or (800 if toy else 5000)
+    train, test = (data.load(name, split, 64, root) for split in ("train", "test"))
+    if train.classes.max() + 1 < 40:        # too few classes to fill a batch: every picture is one of its own
+        train.classes = torch.arange(len(train))
+    source = {d: None if small else inception_features(d, device) for d in (train, test)}
+    torch.manual_seed(seed)
+    if sje:
+        encoder = CharCnnRnn((96, 128, 128) if toy else (384, 512, 512))
+        for p in encoder.parameters():
+            nn.init.uniform_(p, -0.08, 0.08)                       # as released
+    else:
+        encoder = Damsm(["<end>", *dict.fromkeys(w for c in train.captions for w in Damsm.words(c))])
+    side = ImageSide(encoder.dim, small)
+    encoder.to(device), side.to(device)
+    weights = [*encoder.parameters(), *side.parameters()]
+    lr, decay = (7e-4, 0.02) if sje else (2e-3, 0.1)               # as released: by 0.98 an epoch, here spread over the run
+    optimizer = torch.optim.RMSprop(weights, lr) if sje else torch.optim.Adam(weights, lr, betas=(0.5, 0.999))
+    batches, done = data.Batches(train, 48, seed, device), 0
+    if Path(path).exists():
+        state = load(path, "text encoder")
+        encoder.load_state_dict(state["encoder"]), side.load_state_dict(state["image"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["iteration"]
+
+    def look(dataset, index, rng):
+        if small:
+            return batches.look(index, rng) if dataset is train else dataset.centre(index).to(device)
+        return tuple(feature[index].float().to(device) for feature in source[dataset])
+
+    def keep(note=None):
+        save(path, {"kind": "text encoder", "encoder": encoder.state_dict(), "image": side.state_dict(),
+                    "optimizer": optimizer.state_dict(), "iteration": done, "iterations": iterations, "note": note})
+
+    print(f"training {kind} on {name}: {len(train)} pictures, {len(train.captions)} captions, image side "
+          f"{'a small network trained along' if small else 'Inception-v3, frozen'}, {iterations} iterations on {device}")
+    with Stop() as stop, Progress(iterations, kind, "batches") as bar:
+        bar.step(done)
+        while done < iterations and not stop.code:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * decay ** (done / iterations)
+            rng = torch.Generator().manual_seed(seed * 2**20 + done)
+            if sje:                                                # one picture each of 40 classes
+                c = torch.randperm(len(batches.count), generator=rng)[:40]
+                index = batches.by_class[batches.start[c] + (torch.rand(len(c), generator=rng) * batches.count[c]).long()]
+            else:
+                index = torch.randperm(len(train), generator=rng)[:48]
+            captions = [train.captions[i] for i in batches.say(index, rng)[:, 0]]
+            encoder.train(), side.train()
+            whole, local = side(look(train, index, rng))
+            if sje:
+                loss = joint_embedding_loss(whole, encoder.sentences(encoder.tokens(captions).to(device)))
+            else:
+                tokens, classes = encoder.tokens(captions, rng).to(device), train.classes[index].to(device)
+                words, sentence = encoder(tokens)
+                loss = (word_loss(local, words, (tokens != 0).sum(1, keepdim=True).clamp(min=1), classes)
+                        + sentence_loss(whole, sentence, classes))
+            optimizer.zero_grad()
+            loss.backward()
+            if not sje:
+                nn.utils.clip_grad_norm_(encoder.parameters(), 0.25)
+            optimizer.step()
+            done += 1
+            bar.step(1, f"loss {loss.item():.3f}" if done % 20 == 0 else None)
+            if done % 500 == 0:
+                keep()
+    if stop.code:
+        keep()
+        print(f"saved to {path}; the same command continues", file=sys.stderr)
+        raise SystemExit(stop.code)
+
+    side.eval()
+    with torch.inference_mode():
+        few = torch.arange(min(len(test), 1000 if test.classes.max() + 1 == len(test) else len(test)))
+        image = torch.cat([side(look(test, i, None))[0] for i in few.split(64)])
+        owner = torch.repeat_interleave(torch.arange(len(test)), test.first.diff())[:test.first[len(few)]]
+        text = encoder.encode(test.captions[:len(owner)], "held-out captions")
+        if not sje:
+            image, text = F.normalize(image), F.normalize(text)
+        classes = test.classes.to(device)
+        scores = retrieval(image, text, classes[few], classes[owner])
+    chance = 1 / (int(test.classes[few].max()) + 1)
+    note = (f"{kind} trained here on {name}, {iterations} iterations, image side {'small network' if small else 'Inception-v3'}; "
+            f"held out: caption to class {scores[0]:.1%}, picture to class {scores[1]:.1%}, chance {chance:.1%}")
+    keep(note)
+    return note
+
+
+# ---------------------------------------------------------------------------------------------------- choice
+
+ATTNGAN = "https://raw.githubusercontent.com/taoxugit/AttnGAN/master/eval/data/"
+COCO = "https://huggingface.co/mediasynthesismuseum/attngan-coco/resolve/main/"
+PUBLISHED = {  # DAMSM encoders by AttnGAN's authors: address, file, sha256 (none is published for COCO's captions)
+    "cub": [(ATTNGAN + "text_encoder200.pth", "text_encoder200.pth", "d7278a9b4801633eb42d43de67cba51746daf5143be532660bf1c15608690c01"),
+            (ATTNGAN + "captions.pickle", "captions.pickle", "84e9f81218102873b65ab79c265f0a0a370bf38237b0ef5cb175d0f51c00ab68")],
+    "coco": [(COCO + "text_encoder100.pth", "text_encoder100.pth", "24cf394756359d5cf019845396006639813404a9f9c8dd03b0874c694a0842d6"),
+             (COCO + "captions.pickle", "captions.pickle", None)],
+}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Builds plain containers and numpy arrays and nothing else: a pickle that names any other code is refused."""
+    allowed = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
+               ("numpy", "dtype"), ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
+               ("_codecs", "encode")}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def read_pickle(path):
+    """A pickle of plain data that somebody else wrote, Python 2's included."""
+    try:
+        with open(path, "rb") as file:
+            return PlainUnpickler(file, encoding="latin1").load()
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror})") from None
+    except Exception as error:    # unpickling damaged bytes raises nearly anything
+        raise UserError(f"{path} is no pickle of plain data ({error})") from None
+
+
+def read_encoder(path):
+    """(encoder, note) from an encoder.pt of ours, a checkpoint of a run, or a released state dict; a DAMSM one needs its
+    captions.pickle, also called captions_DAMSM.pickle, in the same folder."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; --text-encoder takes an encoder.pt or a released .pth")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if "encoder" in state:
+            return rebuild(state["encoder"]), f"{state.get('note') or 'text encoder'} ({path})"
+        if "encoder.weight" in state:
+            book = next((p for n in ("captions.pickle", "captions_DAMSM.pickle") if (p := path.with_name(n)).exists()), None)
+            if book is None:
+                raise UserError(f"{path} needs its vocabulary: put captions.pickle beside it")
+            content = read_pickle(book)
+            words = [content[2][i] for i in range(len(content[2]))]
+            if len(words) != len(state["encoder.weight"]):
+                raise UserError(f"{book} has {len(words)} words but {path} {len(state['encoder.weight'])}; they do not belong together")
+            state["_extra_state"] = words
+        return rebuild(state), f"released encoder {path}"
+    except UserError:
+        raise
+    except Exception:
+        raise UserError(f"{path} is no text encoder, or is damaged") from None
+
+
+def text_encoder(kind, name, root, device, path=None, train_here=False, image_features=None):
+    """The frozen text encoder for a data set: the file given, else the published one (DAMSM of cub and coco), else the
+    one trained here, now if need be. Prints which one it is and where it came from."""
+    encoder, own = None, Path("runs") / f"{kind}-{Path(name).resolve().name}" / "encoder.pt"
+    if path:
+        encoder, note = read_encoder(path)
+    elif kind == "damsm" and name in PUBLISHED and not train_here:
+        try:
+            files = [data.download(url, Path(root) / name / "damsm" / file, sha256=sha) for url, file, sha in PUBLISHED[name]]
+            encoder, note = read_encoder(files[0])
+            note = f"published DAMSM encoder of {name}, {PUBLISHED[name][0][0]}"
+        except UserError as error:
+            print(f"no published encoder ({error}); training one here")
+    if encoder is None:
+        if not own.exists() or not load(own, "text encoder")["note"]:
+            train_text_encoder(kind, name, root, device, own, image_features=image_features)
+        encoder, note = read_encoder(own)
+    wanted = CharCnnRnn if kind == "char-cnn-rnn" else Damsm
+    if not isinstance(encoder, wanted):
+        raise UserError(f"{path} is a {type(encoder).__name__}, this script needs {kind}")
+    print(f"text encoder: {note}")
+    return encoder.to(device)
+
+
+def embeddings(encoder, dataset):
+    """Every caption's sentence embedding (M, dim), on the encoder's device; computed once and cached beside the pictures."""
+    h = hashlib.sha256("\n".join(dataset.captions).encode(errors="replace"))
+    for p in encoder.parameters():
+        h.update(p.detach().cpu().numpy().tobytes())
+    path = dataset.stem.with_name(f"{dataset.stem.name}-sentences-{h.hexdigest()[:16]}.pt")
+    try:
+        return torch.load(path, weights_only=True).to(next(encoder.parameters()).device)
+    except Exception:     # not there, or damaged: made again
+        out = encoder.encode(dataset.captions, f"sentences of {dataset.name} {dataset.split}")
+        save(path, out.cpu())
+        return out
+
+
+def main():
+    p = argparse.ArgumentParser(prog="common.py", description="Train a text encoder and print its retrieval on held-out classes.")
+    p.add_argument("--encoder", choices=["char-cnn-rnn", "damsm"], default="char-cnn-rnn")
+    p.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder of pictures and captions (default: toy)")
+    p.add_argument("--root", default="datasets", help="folder that holds the named data sets (default: datasets)")
+    p.add_argument("--iterations", type=int, help="batches (default: 5000; toy 800)")
+    p.add_argument("--image-features", choices=["inception", "small"], help="image side (default: inception; toy small)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--out", type=Path, help="file to write (default: runs/<encoder>-<data>/encoder.pt)")
+    a = p.parse_args()
+    out = a.out or Path("runs") / f"{a.encoder}-{Path(a.data).resolve().name}" / "encoder.pt"
+    print(train_text_encoder(a.encoder, a.data, a.root, a.device, out, a.iterations, a.image_features, a.seed))
+    print(f"saved to {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))
