@@ -1,0 +1,463 @@
+"""Generative Adversarial Text to Image Synthesis. Reed, Akata, Yan, Logeswaran, Schiele, Lee; ICML 2016 (arXiv 1605.05396).
+
+G draws a picture from noise z and a sentence embedding t; D sees a picture and t and says whether they belong together.
+    GAN-CLS  D also sees real pictures with a sentence that does not fit: "real, but wrong" counts as fake   (Algorithm 1)
+    GAN-INT  G also learns at points halfway between two sentences, which no caption describes               (eq. 5)
+    style    S recovers z from G(z, t); G(S(photo), t) then draws t with the pose and background of a photo   (4.4)
+
+    python gan_cls.py                                            toy data, no download, minutes on a CPU
+    python gan_cls.py --data flowers                             Oxford-102; the same command again continues
+    python gan_cls.py --data flowers --sample "pink flower" "a white flower with a yellow centre"
+    python gan_cls.py --data flowers --interpolate "a pink flower" "a yellow flower"       (--noise moves the noise)
+    python gan_cls.py --data flowers --style photo.jpg --sample "pink flower"
+
+MEASURED
+"""
+import argparse
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+SIZE, NZ, NT, TEXT = 64, 100, 128, 1024   # picture; noise z; projected text (section 5); sentence embedding (char-CNN-RNN)
+
+
+# ---------------------------------------------------------------------------------------------------- networks
+
+class Residual(nn.Module):
+    """x + a bottleneck of x. Not in Figure 2; released code: after 4x4 and 8x8 in G and after 4x4 in D; we follow the code.
+    (Its main_cls_int.lua names a missing variable there in D, so that D ran without; main_cls.lua has the block.)"""
+
+    def __init__(self, channels, hidden, act):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), act,
+            nn.Conv2d(hidden, hidden, 3, 1, 1, bias=False), nn.BatchNorm2d(hidden), act,
+            nn.Conv2d(hidden, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels))
+        self.act = act
+
+    def forward(self, x):
+        return self.act(x + self.body(x))
+
+
+def init(module):
+    """As released: convolutions N(0, 0.02), batch norm N(1, 0.02). Convolutions have no bias: the code zeroes it every step."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+class Generator(nn.Module):
+    """z (B, 100), t (B, 1024) -> pictures (B, 3, 64, 64) in [-1, 1]. Figure 2, left."""
+
+    def __init__(self, ngf=128):
+        super().__init__()
+        up = lambda a, b: nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False)
+        act = nn.ReLU(inplace=True)
+        self.text = nn.Sequential(nn.Linear(TEXT, NT), nn.LeakyReLU(0.2))                       # no batch norm, unlike D's
+        self.net = nn.Sequential(
+            nn.ConvTranspose2d(NZ + NT, 8 * ngf, 4, bias=False), nn.BatchNorm2d(8 * ngf),
+            Residual(8 * ngf, 2 * ngf, act),                                                    # (B, 8*ngf, 4, 4)
+            up(8 * ngf, 4 * ngf), nn.BatchNorm2d(4 * ngf), Residual(4 * ngf, ngf, act),         # (B, 4*ngf, 8, 8)
+            up(4 * ngf, 2 * ngf), nn.BatchNorm2d(2 * ngf), act,                                 # (B, 2*ngf, 16, 16)
+            up(2 * ngf, ngf), nn.BatchNorm2d(ngf), act,                                         # (B, ngf, 32, 32)
+            up(ngf, 3), nn.Tanh())                                                              # (B, 3, 64, 64)
+        self.apply(init)
+
+    def forward(self, z, t):
+        return self.net(torch.cat((z, self.text(t)), 1)[:, :, None, None])
+
+
+def trunk(ndf):
+    """Pictures (B, 3, 64, 64) -> (B, 8*ndf, 4, 4). Two of the batch norms have no activation, as in the released code."""
+    down = lambda a, b: nn.Conv2d(a, b, 4, 2, 1, bias=False)
+    act = nn.LeakyReLU(0.2, inplace=True)
+    return nn.Sequential(
+        down(3, ndf), act,                                                                      # (B, ndf, 32, 32)
+        down(ndf, 2 * ndf), nn.BatchNorm2d(2 * ndf), act,                                       # (B, 2*ndf, 16, 16)
+        down(2 * ndf, 4 * ndf), nn.BatchNorm2d(4 * ndf),                                        # (B, 4*ndf, 8, 8)
+        down(4 * ndf, 8 * ndf), nn.BatchNorm2d(8 * ndf), Residual(8 * ndf, 2 * ndf, act))       # (B, 8*ndf, 4, 4)
+
+
+class Discriminator(nn.Module):
+    """Pictures (B, 3, 64, 64), t (B, 1024) -> logits (B,): do they belong together? Figure 2, right."""
+
+    def __init__(self, ndf=64):
+        super().__init__()
+        act = nn.LeakyReLU(0.2, inplace=True)
+        self.image = trunk(ndf)
+        self.text = nn.Sequential(nn.Linear(TEXT, NT), nn.BatchNorm1d(NT), act)
+        self.joint = nn.Sequential(nn.Conv2d(8 * ndf + NT, 8 * ndf, 1, bias=False), nn.BatchNorm2d(8 * ndf), act,
+                                   nn.Conv2d(8 * ndf, 1, 4, bias=False))
+        self.apply(init)
+
+    def forward(self, x, t):
+        t = self.text(t)[:, :, None, None].expand(-1, -1, 4, 4)      # the text at each of the 4x4 places
+        return self.joint(torch.cat((self.image(x), t), 1)).flatten()
+
+
+class StyleEncoder(nn.Module):
+    """S, section 4.4: pictures (B, 3, 64, 64) -> z (B, 100). The paper gives no layers; D's trunk is used."""
+
+    def __init__(self, ndf=64):
+        super().__init__()
+        self.net = nn.Sequential(trunk(ndf), nn.Flatten(), nn.Linear(8 * ndf * 16, NZ))
+        self.apply(init)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+# Logits and softplus: -log sigmoid(s) = softplus(-s), -log(1 - sigmoid(s)) = softplus(s), finite for any s.
+
+def d_loss(real, wrong, fake):
+    """-log D(x, t) - [log(1 - D(x', t)) + log(1 - D(G(z, t), t))] / 2  (Algorithm 1, line 11); wrong None: the plain GAN."""
+    fake = F.softplus(fake).mean()
+    return F.softplus(-real).mean() + (fake if wrong is None else (F.softplus(wrong).mean() + fake) / 2)
+
+
+def g_loss(fake):
+    """-log D(G(z, t), t)  (Algorithm 1, line 13)."""
+    return F.softplus(-fake).mean()
+
+
+def style_loss(S, z, fake):
+    """|| z - S(G(z, t)) ||^2  (eq. 6)."""
+    return (z - S(fake)).square().sum(1).mean()
+
+
+def halfway(t):
+    """b t1 + (1 - b) t2 with b = 1/2, of the first half of a batch with the second (eq. 5): (B, D) -> (B // 2, D)."""
+    half = len(t) // 2
+    return (t[:half] + t[half:2 * half]) / 2
+
+
+# ---------------------------------------------------------------------------------------------------- steps
+
+def d_step(D, opt_d, real, wrong, fake, t):
+    """Minimise d_loss over D. real, wrong, fake (B, 3, 64, 64), t (B, 1024); wrong None: GAN without CLS.
+
+    The wrong pair: Algorithm 1 keeps the picture and takes another text; released code: keeps the text and takes a real
+    picture of another class. We follow the code; either is a real picture with a text that does not fit."""
+    s_real, s_fake = D(real, t), D(fake.detach(), t)
+    s_wrong = None if wrong is None else D(wrong, t)
+    loss = d_loss(s_real, s_wrong, s_fake)
+    opt_d.zero_grad()
+    loss.backward()
+    opt_d.step()
+    seen = [s.detach().sigmoid().mean() for s in (s_real, s_real * float("nan") if wrong is None else s_wrong, s_fake)]
+    return loss.detach(), seen      # D(real), D(wrong), D(fake): a D that ignores its text shows in D(wrong)
+
+
+def g_step(D, opt_g, fake, t):
+    """Minimise g_loss over G. fake = G(z, t) with its graph; for GAN-INT t also holds `halfway` points: D scores those
+    here and never trains on them. D needs no gradient."""
+    D.requires_grad_(False)
+    loss = g_loss(D(fake, t))
+    opt_g.zero_grad()
+    loss.backward()
+    opt_g.step()
+    D.requires_grad_(True)
+    return loss.detach()
+
+
+def make(ngf=128, ndf=64, lr=2e-4, device="cpu"):
+    """G, D and their optimisers: Adam 2e-4, betas (0.5, 0.999), section 5."""
+    G, D = Generator(ngf).to(device, memory_format=torch.channels_last), Discriminator(ndf).to(device, memory_format=torch.channels_last)
+    return G, D, *(torch.optim.Adam(net.parameters(), lr, betas=(0.5, 0.999)) for net in (G, D))
+
+
+# ---------------------------------------------------------------------------------------------------- train
+
+def train(args, state):
+    import common
+    import data
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    dataset, unseen = (data.load(args.data, split, SIZE, args.root) for split in ("train", "test"))
+    if state:
+        encoder = common.rebuild(state["text_encoder"]).to(args.device)
+    else:
+        encoder = common.text_encoder("char-cnn-rnn", args.data, args.root, args.device, args.text_encoder,
+                                      args.train_text_encoder, args.image_features)
+    sentences = common.embeddings(encoder, dataset)                                             # (captions, 1024)
+    batches = data.Batches(dataset, args.batch_size, args.seed, args.device, args.captions_per_image)
+    G, D, opt_g, opt_d = make(args.ngf, args.ndf, args.lr, args.device)
+    ema = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+    step, rows, total = 0, [], torch.zeros(5, device=args.device)
+    if state:
+        for net, name in ((G, "G"), (D, "D"), (ema, "ema"), (opt_g, "opt_g"), (opt_d, "opt_d")):
+            net.load_state_dict(state[name])
+        step, rows, total = state["step"], state["rows"], state["total"].to(args.device)
+        common.random_state(state["random"])
+    if args.compile:
+        G.compile(), D.compile()
+
+    # the fixed grid: unseen captions down, noises across, so that an ignored caption or noise is seen at once
+    rng = torch.Generator().manual_seed(args.seed)
+    shown = [unseen.captions[unseen.first[i]] for i in torch.linspace(0, len(unseen) - 1, 8).long()]
+    grid_t = encoder.encode(shown).repeat_interleave(8, 0)
+    grid_z = torch.randn(8, NZ, generator=rng).repeat(8, 1).to(args.device)
+    cls, interpolate = "cls" in args.variant, "int" in args.variant
+
+    def keep():
+        common.save(args.run / "last.pt", {
+            "kind": "gan_cls", "format": 1, "args": {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))},
+            "step": step, "epoch": step // len(batches), "rows": rows, "total": total, "random": common.random_state(),
+            "text_encoder": encoder.state_dict(), "G": G.state_dict(), "D": D.state_dict(), "ema": ema.state_dict(),
+            "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict()})
+
+    print(f"gan_cls on {args.data}: {len(dataset)} pictures, {args.variant}, ngf {args.ngf}, ndf {args.ndf}, batch {args.batch_size}, "
+          f"{args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
+    with common.Stop() as stop:
+        while step < args.epochs * len(batches) and not stop.code:
+            epoch, at = divmod(step, len(batches))
+            for group in (*opt_g.param_groups, *opt_d.param_groups):
+                group["lr"] = args.lr * 0.5 ** (epoch // 100)                                   # halved every 100 epochs
+            with data.Progress((len(batches) - at) * args.batch_size, f"epoch {epoch + 1}/{args.epochs}") as bar:
+                while step < (epoch + 1) * len(batches) and not stop.code:
+                    real, wrong, captions, _ = batches(step)
+                    # released code: the mean of 4 captions' embeddings (CUB); paper: one caption; we follow the code
+                    t = sentences[captions].mean(1)
+                    t_g = torch.cat((t, halfway(t))) if interpolate else t
+                    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+                        # one G(z, t) serves both steps, as in Algorithm 1; released code: draws anew for G's step
+                        fake = G(torch.randn(len(t_g), NZ, device=args.device), t_g)
+                        loss_d, seen = d_step(D, opt_d, real, wrong if cls else None, fake[:len(t)], t)
+                        loss_g = g_step(D, opt_g, fake, t_g)
+                    ema.update_parameters(G)
+                    total += torch.stack([loss_d, loss_g, *seen])
+                    step += 1
+                    if step % 10 == 0 or step % len(batches) == 0:
+                        now = (total / (step % len(batches) or len(batches))).tolist()
+                        if not all(map(torch.tensor(now[:2]).isfinite().all, [()])):
+                            raise data.UserError(f"the loss is not finite at step {step} (D {now[0]}, G {now[1]}); "
+                                                 f"{args.run / 'last.pt'} holds the state before; try a smaller --lr")
+                        bar.note = "D {:.2f} G {:.2f}  D(real) {:.2f} D(wrong) {:.2f} D(fake) {:.2f}".format(*now)
+                    bar.step(args.batch_size)
+            if step % len(batches) == 0:
+                rows.append(dict(epoch=epoch + 1, step=step, **{k: round(v, 4) for k, v in zip(
+                    ("loss_d", "loss_g", "d_real", "d_wrong", "d_fake"), now)}))
+                total.zero_()
+                images = draw(ema, grid_z, grid_t)
+                common.save_grid(args.run / f"epoch_{epoch + 1:04}.png", images, 8, shown)
+                common.save_log(args.run / "log.csv", rows)
+                keep()
+        if stop.code:
+            keep()
+            print(f"saved {args.run / 'last.pt'} at step {step}; the same command continues", file=sys.stderr)
+            return stop.code
+    print(f"{args.epochs} epochs done: {args.run / 'last.pt'}, grids beside it; more with --epochs")
+    if unseen.traits:
+        follow(args, ema, encoder, unseen)
+    return 0
+
+
+@torch.inference_mode()
+def draw(G, z, t, batch=64):
+    """G in eval mode, in bounded memory: z (N, 100), t (N, 1024) -> (N, 3, 64, 64) in [-1, 1] on the CPU."""
+    G.eval()
+    out = torch.cat([G(*pair).float().cpu() for pair in zip(z.split(batch), t.split(batch))])
+    G.train()
+    return out
+
+
+def follow(args, G, encoder, unseen):
+    """Toy only: how often the petals of samples for held-out captions have the colour that the caption says."""
+    import data
+    rng = torch.Generator().manual_seed(0)
+    index = torch.randperm(len(unseen), generator=rng)[:512]
+    t = encoder.encode([unseen.captions[unseen.first[i]] for i in index])
+    images = draw(G, torch.randn(len(t), NZ, generator=rng).to(t.device), t)
+    right = sum(colour == unseen.traits[i]["petal"] for i, colour in zip(index, data.judge_petals(images)))
+    print(f"petal colour right in {right / len(index):.0%} of {len(index)} samples for held-out captions "
+          f"(chance {1 / len(data.PETALS):.0%})")
+    return right / len(index)
+
+
+# ---------------------------------------------------------------------------------------------------- sample
+
+def finished(args, state):
+    """The EMA generator and the text encoder of the run, or of the model in weights/."""
+    import common
+    from pathlib import Path
+    shipped = Path(__file__).parent / "weights" / "gan_cls.pt"
+    if state is None:
+        if not shipped.exists():
+            raise common.UserError(f"there is no model in {args.run} yet; train one first: python gan_cls.py --data {args.data}")
+        state = common.load(shipped, "gan_cls")
+    G = AveragedModel(Generator(state["args"]["ngf"]), use_buffers=True)
+    G.load_state_dict(state["ema"])
+    return G.to(args.device), common.rebuild(state["text_encoder"]).to(args.device), state
+
+
+def noise(n, seed):
+    return torch.randn(n, NZ, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(args, state):
+    """A grid with one row a caption; the columns share their noise."""
+    import common
+    G, encoder, _ = finished(args, state)
+    t = encoder.ask(args.sample)
+    z = noise(args.columns, args.seed).repeat(len(t), 1).to(args.device)
+    path = common.save_grid(args.run / f"sample-{common.slug(args.sample)}-{args.seed}.png",
+                            draw(G, z, t.repeat_interleave(args.columns, 0)), args.columns, args.sample)
+    print(path)
+
+
+def interpolate(args, state):
+    """Sentence A to B over the columns, each row one noise; --noise: noise to noise, a row for each of the sentences."""
+    import common
+    G, encoder, _ = finished(args, state)
+    a, b = encoder.ask(args.interpolate)
+    way = torch.linspace(0, 1, args.columns, device=a.device)[:, None]
+    if args.noise:
+        z0, z1 = noise(2, args.seed).to(a.device)
+        z, t = torch.lerp(z0, z1, way).repeat(2, 1), torch.stack((a, b)).repeat_interleave(args.columns, 0)
+    else:
+        z, t = noise(4, args.seed).to(a.device).repeat_interleave(args.columns, 0), torch.lerp(a, b, way).repeat(4, 1)
+    kind = "noise" if args.noise else "sentence"
+    print(common.save_grid(args.run / f"{kind}-{common.slug(args.interpolate)}-{args.seed}.png", draw(G, z, t), args.columns,
+                           args.interpolate))
+
+
+# ---------------------------------------------------------------------------------------------------- style transfer
+
+def style_encoder(args, state):
+    """S of a finished G, trained now if need be, and reported by the paper's measure of disentangling."""
+    import common
+    import data
+    G, encoder, state = finished(args, state)
+    path, S = args.run / "style.pt", StyleEncoder(state["args"]["ndf"]).to(args.device, memory_format=torch.channels_last)
+    if path.exists() and (done := common.load(path, "gan_cls style"))["step"] == state["step"]:
+        S.load_state_dict(done["S"])
+        print(done["note"])
+        return G, encoder, S
+    dataset, unseen = (data.load(state["args"]["data"], split, SIZE, args.root) for split in ("train", "test"))
+    sentences, opt = common.embeddings(encoder, dataset), torch.optim.Adam(S.parameters(), 2e-4, betas=(0.5, 0.999))
+    torch.manual_seed(args.seed)
+    with common.Stop() as stop, data.Progress(args.style_steps * 64, "style encoder") as bar:
+        for _ in range(args.style_steps):
+            z, t = torch.randn(64, NZ, device=args.device), sentences[torch.randint(len(sentences), (64,), device=args.device)]
+            loss = style_loss(S, z, draw(G, z, t).to(args.device))
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            bar.step(64, f"loss {loss.item() / NZ:.3f} a dimension")
+            if stop.code:
+                raise KeyboardInterrupt
+    note = style_report(S.eval(), G, sentences, unseen, args.device)
+    common.save(path, {"kind": "gan_cls style", "S": S.state_dict(), "step": state["step"], "note": note})
+    print(note)
+    return G, encoder, S
+
+
+@torch.inference_mode()
+def style_report(S, G, sentences, unseen, device):
+    """ROC AUC of the cosine of S over same-style against different-style pairs (section 5.3), on drawn pictures, where
+    the style is known to be z, and on unseen real ones, whose style is the k-means cluster of their background colour."""
+    rng = torch.Generator().manual_seed(0)
+    z, pick = torch.randn(1000, NZ, generator=rng).to(device), torch.randint(len(sentences), (2, 1000), generator=rng)
+    a, b = (S(draw(G, z, sentences[i.to(device)]).to(device)) for i in pick)
+    drawn = auc(F.cosine_similarity(a, b), F.cosine_similarity(a, b.roll(1, 0)))
+    images = torch.cat([unseen.centre(i) for i in torch.arange(min(len(unseen), 2000)).split(64)])
+    s = F.normalize(torch.cat([S(x.to(device)) for x in images.split(64)]).cpu())
+    border = torch.cat((images[..., :6, :].flatten(2), images[..., -6:, :].flatten(2),
+                        images[..., :6].flatten(2), images[..., -6:].flatten(2)), 2).mean(2)                # (N, 3)
+    centres = border[torch.randperm(len(border), generator=rng)[:min(100, len(border) // 10 + 1)]]  # paper: 100 clusters
+    for _ in range(20):
+        cluster = torch.cdist(border, centres).argmin(1)
+        member = F.one_hot(cluster, len(centres)).float()
+        centres = torch.where(member.sum(0)[:, None] > 0, member.T @ border / member.sum(0)[:, None].clamp(min=1), centres)
+    pair = torch.triu_indices(len(s), len(s), 1)
+    same, cosine = cluster[pair[0]] == cluster[pair[1]], (s[pair[0]] * s[pair[1]]).sum(1)
+    real = auc(cosine[same], cosine[~same])
+    return f"style encoder, ROC AUC of same against different style: {drawn:.3f} drawn (same z), {real:.3f} real (background colour)"
+
+
+def auc(positive, negative):
+    """P(positive > negative), ties counting half: the area under the ROC curve, by ranks."""
+    negative = negative.sort().values
+    below, upto = (torch.searchsorted(negative, positive.contiguous(), right=r) for r in (False, True))
+    return ((below + upto).double() / 2 / len(negative)).mean().item()
+
+
+def style_transfer(args, state):
+    """G(S(photo), t): the photo's pose and background with each caption's content. The photo first in its row."""
+    import common
+    import data
+    from pathlib import Path
+    array = data.decode(data.Picture(Path(args.style), [], 0), SIZE)
+    if array is None:
+        raise data.UserError(f"{args.style} is no picture that can be read; --style takes a photo")
+    G, encoder, S = style_encoder(args, state)
+    photo = torch.from_numpy(array.copy())[None].float() / 127.5 - 1
+    t = encoder.ask(args.sample)
+    with torch.inference_mode():
+        z = S.eval()(photo.to(args.device)).expand(len(t), -1)
+    print(common.save_grid(args.run / f"style-{Path(args.style).stem}-{common.slug(args.sample)}.png",
+                           torch.cat((photo, draw(G, z, t))), len(t) + 1, args.sample))
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+TOY = dict(epochs=12, ngf=24, ndf=24, batch_size=32, lr=5e-4, ema=0.99)       # so that a CPU is enough
+FIXED = ("data", "variant", "ngf", "ndf", "batch_size", "lr", "ema", "captions_per_image", "seed")   # what a run is
+
+
+def main(argv=None):
+    import common
+    p = argparse.ArgumentParser(prog="gan_cls.py", description=__doc__.split("\n")[0],
+                                epilog=f"Toy data has small defaults of its own: {TOY}.")
+    p.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder of pictures and captions (default: toy)")
+    p.add_argument("--root", default="datasets", help="folder that holds the named data sets (default: datasets)")
+    p.add_argument("--run", help="folder of the run (default: runs/gan_cls-<data>)")
+    p.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    g = p.add_argument_group("training; the same command again continues")
+    g.add_argument("--variant", choices=["gan", "cls", "int", "int-cls"], default="int-cls", help="default: int-cls, the paper's best")
+    g.add_argument("--epochs", type=int, default=600, help="default: 600 (section 5)")
+    g.add_argument("--batch-size", type=int, default=64, help="default: 64 (section 5)")
+    g.add_argument("--lr", type=float, default=2e-4, help="default: 0.0002, halved every 100 epochs (section 5)")
+    g.add_argument("--ngf", type=int, default=128, help="width of G (default: 128, released code)")
+    g.add_argument("--ndf", type=int, default=64, help="width of D (default: 64, released code)")
+    g.add_argument("--captions-per-image", type=int, default=4, help="captions averaged (default: 4, released code for CUB)")
+    g.add_argument("--ema", type=float, default=0.999, help="decay of G's average, which draws the samples (default: 0.999; not in the paper)")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--text-encoder", metavar="FILE", help="encoder.pt or released state dict (default: the one trained here)")
+    g.add_argument("--train-text-encoder", action="store_true", help="train it here even where a published one exists")
+    g.add_argument("--image-features", choices=["inception", "small"], help="image side of its training (default: inception; toy small)")
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: on CUDA)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    g = p.add_argument_group("sampling from the run, or from the model in weights/")
+    g.add_argument("--sample", nargs="+", metavar="CAPTION", help="a grid, one row a caption")
+    g.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="from caption A to B at fixed noises")
+    g.add_argument("--noise", action="store_true", help="with --interpolate: the noise moves, the captions stay")
+    g.add_argument("--columns", type=int, default=8, help="pictures a row (default: 8)")
+    g.add_argument("--style", metavar="PHOTO", help="with --sample: draw the captions in the style of a photo (section 4.4)")
+    g.add_argument("--style-steps", type=int, default=2000, help="steps that train the style encoder (default: 2000)")
+    args, given = common.parse(p, argv)
+    if args.batch_size < 2:
+        raise common.UserError("--batch-size must be at least 2: batch norm needs it")
+    state = common.settle(p, args, given, TOY, () if args.sample or args.interpolate else FIXED)
+    for flag in ("bf16", "compile"):
+        if getattr(args, flag) is None:
+            setattr(args, flag, args.device.startswith("cuda"))
+    if args.style:
+        if not args.sample:
+            raise common.UserError("--style needs captions to draw: add --sample \"...\"")
+        return style_transfer(args, state)
+    if args.sample:
+        return sample(args, state)
+    if args.interpolate:
+        return interpolate(args, state)
+    return train(args, state)
+
+
+if __name__ == "__main__":
+    from common import guard
+    sys.exit(guard(main))
