@@ -320,7 +320,7 @@ def sentence_loss(image, sentence, classes, gamma3=10.0):
 
 
 def word_loss(regions, words, lengths, classes, gamma1=4.0, gamma2=5.0, gamma3=10.0):
-    """DAMSM between regions (B, 256, N) and words (B, 256, T) of which the first `lengths` count (AttnGAN, eq. 7-12).
+    """DAMSM between regions (B, 256, N) and words (B, 256, T), of which the first `lengths` (B,) count (AttnGAN, eq. 7-12).
 
     Each word attends to the regions: a softmax over words, then one over regions with gamma1; a picture and a caption
     match by log sum exp of gamma2 times the cosines of words and what they attended to."""
@@ -519,7 +519,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, image_fe
             else:
                 tokens, classes = encoder.tokens(captions, rng).to(device), train.classes[index].to(device)
                 words, sentence = encoder(tokens)
-                loss = (word_loss(local, words, (tokens != 0).sum(1, keepdim=True).clamp(min=1), classes)
+                loss = (word_loss(local, words, (tokens != 0).sum(1).clamp(min=1), classes)
                         + sentence_loss(whole, sentence, classes))
             optimizer.zero_grad()
             loss.backward()

@@ -14,6 +14,7 @@ G draws a picture from noise z and a sentence embedding t; D sees a picture and 
 MEASURED
 """
 import argparse
+import math
 import sys
 
 import torch
@@ -234,7 +235,7 @@ def train(args, state):
                     step += 1
                     if step % 10 == 0 or step % len(batches) == 0:
                         now = (total / (step % len(batches) or len(batches))).tolist()
-                        if not all(map(torch.tensor(now[:2]).isfinite().all, [()])):
+                        if not math.isfinite(now[0] + now[1]):
                             raise data.UserError(f"the loss is not finite at step {step} (D {now[0]}, G {now[1]}); "
                                                  f"{args.run / 'last.pt'} holds the state before; try a smaller --lr")
                         bar.note = "D {:.2f} G {:.2f}  D(real) {:.2f} D(wrong) {:.2f} D(fake) {:.2f}".format(*now)
@@ -257,7 +258,7 @@ def train(args, state):
     return 0
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def draw(G, z, t, batch=64):
     """G in eval mode, in bounded memory: z (N, 100), t (N, 1024) -> (N, 3, 64, 64) in [-1, 1] on the CPU."""
     G.eval()
@@ -357,7 +358,7 @@ def style_encoder(args, state):
     return G, encoder, S
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def style_report(S, G, sentences, unseen, device):
     """ROC AUC of the cosine of S over same-style against different-style pairs (section 5.3), on drawn pictures, where
     the style is known to be z, and on unseen real ones, whose style is the k-means cluster of their background colour."""
@@ -398,7 +399,7 @@ def style_transfer(args, state):
     G, encoder, S = style_encoder(args, state)
     photo = torch.from_numpy(array.copy())[None].float() / 127.5 - 1
     t = encoder.ask(args.sample)
-    with torch.inference_mode():
+    with torch.no_grad():
         z = S.eval()(photo.to(args.device)).expand(len(t), -1)
     print(common.save_grid(args.run / f"style-{Path(args.style).stem}-{common.slug(args.sample)}.png",
                            torch.cat((photo, draw(G, z, t))), len(t) + 1, args.sample))
