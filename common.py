@@ -326,10 +326,12 @@ def word_loss(regions, words, lengths, classes, gamma1=4.0, gamma2=5.0, gamma3=1
     match by log sum exp of gamma2 times the cosines of words and what they attended to."""
     there = torch.arange(words.shape[2], device=words.device) < lengths[:, None]                   # (B, T)
     s = torch.einsum("idn,jdt->ijnt", regions, words)             # picture i, caption j           # (B, B, N, T)
-    s = s.masked_fill(~there[None, :, None], -math.inf).softmax(3)
-    attention = (gamma1 * s).softmax(2)
-    context = torch.einsum("idn,ijnt->ijdt", regions, attention)                                   # (B, B, 256, T)
-    cosine = F.cosine_similarity(context, words[None], dim=2)                                      # (B, B, T)
+    attention = (gamma1 * s.masked_fill(~there[None, :, None], -math.inf).softmax(3)).softmax(2)
+    # cosine of each word and its context c = regions @ attention, without c itself, (B, B, 256, T): c.word = s.attention
+    # and |c|^2 = attention.(regions^T regions).attention
+    gram = torch.einsum("idn,idm->inm", regions, regions)
+    square = (torch.einsum("inm,ijmt->ijnt", gram, attention) * attention).sum(2)                  # (B, B, T)
+    cosine = (s * attention).sum(2) * (square.clamp(min=1e-12).rsqrt() * words.square().sum(1).clamp(min=1e-12).rsqrt())
     match = (gamma2 * cosine).masked_fill(~there[None], -math.inf).logsumexp(2)                    # (B, B)
     return both_ways(gamma3 * match, classes)
 
@@ -458,12 +460,25 @@ def retrieval(image, text, image_class, text_class):
     return (top(text, class_means(image, image_class), text_class), top(image, class_means(text, text_class), image_class))
 
 
+@torch.no_grad()
+def fold(encoder, norm, captions):
+    """Put the norm behind the last layer into it, and one scale more: RMS 1 over the captions, so that a generator sees
+    sentences of one loudness, that of its noise. Retrieval by inner product does not see the scale."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    encoder.emb_proj.bias.sub_(norm.running_mean).mul_(scale)
+    encoder.emb_proj.weight.mul_(scale[:, None])
+    loudness = encoder.encode(captions[::len(captions) // 2000 + 1], "scale of the text").square().mean().sqrt()
+    encoder.emb_proj.bias.div_(loudness), encoder.emb_proj.weight.div_(loudness)
+    norm.reset_running_stats()
+    norm.running_var.sub_(norm.eps)                                # now the identity
+
+
 def train_text_encoder(kind, name, root, device, path, iterations=None, image_features=None, seed=0):
     """Train an encoder for a data set, save it to path, print its retrieval on held-out classes. Continues an unfinished one."""
     toy = name == "toy"
     small = (image_features or ("small" if toy else "inception")) == "small"
     sje = kind == "char-cnn-rnn"
-    iterations = iterations or (800 if toy else 5000)
+    iterations = iterations or (400 if toy else 3000)
     train, test = (data.load(name, split, 64, root) for split in ("train", "test"))
     if train.classes.max() + 1 < 40:        # too few classes to fill a batch: every picture is one of its own
         train.classes = torch.arange(len(train))
@@ -471,21 +486,22 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, image_fe
     torch.manual_seed(seed)
     if sje:
         encoder = CharCnnRnn((96, 128, 128) if toy else (384, 512, 512))
-        for p in encoder.parameters():
-            nn.init.uniform_(p, -0.08, 0.08)                       # as released
     else:
         encoder = Damsm(["<end>", *dict.fromkeys(w for c in train.captions for w in Damsm.words(c))])
     side = ImageSide(encoder.dim, small)
-    encoder.to(device), side.to(device)
+    if sje:
+        nn.init.zeros_(side.whole.weight)                          # F starts at 0, whatever the scale of the text
+    norm = nn.BatchNorm1d(encoder.dim, affine=False)               # of the text in F; `fold` puts it into the encoder
+    encoder.to(device), side.to(device), norm.to(device)
     weights = [*encoder.parameters(), *side.parameters()]
-    # decay as released, 0.98 an epoch, spread over the run. Released: RMSprop 7e-4 for the first; Adam is better here
-    # (400 batches on flowers, caption to class: 11.7% and 19.3%)
+    # Decay as released, 0.98 an epoch, spread over the run. Released for the first: RMSprop 7e-4, no norms; ours learns
+    # faster (400 batches on flowers, caption to class: 12% with RMSprop, 19% with Adam, 25% with Adam and the norm)
     lr, decay, betas = (3e-4, 0.02, (0.9, 0.999)) if sje else (2e-3, 0.1, (0.5, 0.999))
     optimizer = torch.optim.Adam(weights, lr, betas)
     batches, done = data.Batches(train, 48, seed, device), 0
     if Path(path).exists():
         state = load(path, "text encoder")
-        encoder.load_state_dict(state["encoder"]), side.load_state_dict(state["image"])
+        encoder.load_state_dict(state["encoder"]), side.load_state_dict(state["image"]), norm.load_state_dict(state["norm"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["iteration"]
 
@@ -495,7 +511,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, image_fe
         return tuple(feature[index].float().to(device) for feature in source[dataset])
 
     def keep(note=None):
-        save(path, {"kind": "text encoder", "encoder": encoder.state_dict(), "image": side.state_dict(),
+        save(path, {"kind": "text encoder", "encoder": encoder.state_dict(), "image": side.state_dict(), "norm": norm.state_dict(),
                     "optimizer": optimizer.state_dict(), "iteration": done, "iterations": iterations, "note": note})
 
     print(f"training {kind} on {name}: {len(train)} pictures, {len(train.captions)} captions, image side "
@@ -512,10 +528,10 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, image_fe
             else:
                 index = torch.randperm(len(train), generator=rng)[:48]
             captions = [train.captions[i] for i in batches.say(index, rng)[:, 0]]
-            encoder.train(), side.train()
+            encoder.train(), side.train(), norm.train()
             whole, local = side(look(train, index, rng))
             if sje:
-                loss = joint_embedding_loss(whole, encoder.sentences(encoder.tokens(captions).to(device)))
+                loss = joint_embedding_loss(whole, norm(encoder.sentences(encoder.tokens(captions).to(device))))
             else:
                 tokens, classes = encoder.tokens(captions, rng).to(device), train.classes[index].to(device)
                 words, sentence = encoder(tokens)
@@ -536,6 +552,8 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, image_fe
         raise SystemExit(stop.code)
 
     side.eval()
+    if sje:
+        fold(encoder, norm.eval(), train.captions)
     with torch.inference_mode():
         few = torch.arange(min(len(test), 1000 if test.classes.max() + 1 == len(test) else len(test)))
         image = torch.cat([side(look(test, i, None))[0] for i in few.split(64)])
@@ -656,7 +674,7 @@ def main():
     p.add_argument("--encoder", choices=["char-cnn-rnn", "damsm"], default="char-cnn-rnn")
     p.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder of pictures and captions (default: toy)")
     p.add_argument("--root", default="datasets", help="folder that holds the named data sets (default: datasets)")
-    p.add_argument("--iterations", type=int, help="batches (default: 5000; toy 800)")
+    p.add_argument("--iterations", type=int, help="batches (default: 3000; toy 400)")
     p.add_argument("--image-features", choices=["inception", "small"], help="image side (default: inception; toy small)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -177,7 +177,6 @@ def make(ngf=128, ndf=64, lr=2e-4, device="cpu"):
 def train(args, state):
     import common
     import data
-    torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     dataset, unseen = (data.load(args.data, split, SIZE, args.root) for split in ("train", "test"))
     if state:
@@ -187,6 +186,7 @@ def train(args, state):
                                       args.train_text_encoder, args.image_features)
     sentences = common.embeddings(encoder, dataset)                                             # (captions, 1024)
     batches = data.Batches(dataset, args.batch_size, args.seed, args.device, args.captions_per_image)
+    torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = make(args.ngf, args.ndf, args.lr, args.device)
     ema = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
     step, rows, total = 0, [], torch.zeros(5, device=args.device)
