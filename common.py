@@ -9,7 +9,6 @@ A model script trains the one it needs by itself where none is found. Encoders l
 """
 import argparse
 import hashlib
-import json
 import math
 import os
 import pickle
@@ -32,7 +31,7 @@ def guard(main):
     """Run a command line; what the user can put right is one sentence and status 2, never a traceback."""
     try:
         return main()
-    except UserError as error:
+    except (UserError, OSError) as error:      # OSError: a full disk, a forbidden folder
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -61,19 +60,13 @@ class Stop:
 
 def save(path, state):
     """torch.save to a temporary name, flushed, then renamed: an interrupted write never costs the last good file."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        with data.writing(path) as part, open(part, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"could not write {path} ({error}); what was there before is intact") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(path, kind):
@@ -98,42 +91,55 @@ def random_state(state=None):
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
-def settle(parser, args, given, toy, fixed):
-    """Fill args: what the command line gives, else what the run's checkpoint has, else toy's defaults, else the paper's.
-
-    given: the flags of the command line alone. fixed: names that belong to a run; a flag that contradicts its
-    checkpoint is an error. Returns the checkpoint (None for a new run)."""
-    args.run = Path(given.get("run") or f"runs/{parser.prog.removesuffix('.py')}-{Path(args.data).resolve().name}")
-    last = args.run / "last.pt"
-    state = load(last, parser.prog.removesuffix(".py")) if last.exists() else None
-    if args.data == "toy":
-        vars(args).update({k: v for k, v in toy.items() if k not in given})
-    for name, value in (state["args"] if state else {}).items():
-        if name in fixed and name in given and given[name] != value:
-            raise UserError(f"--{name.replace('_', '-')} {given[name]} contradicts the run in {args.run}, which has {value}; "
-                            f"leave the flag out, or give another --run")
-        if name in (*fixed, "epochs") and name not in given:
-            setattr(args, name, value)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    return state
-
-
-def parse(parser, argv=None):
-    """The parsed flags, and a dict of those that were really given."""
+def parse(parser, toy, fixed, argv=None):
+    """The flags, and the checkpoint of their run (None for a new one). Each flag is what the command line gives, else what
+    the checkpoint has, else toy's default, else the paper's. fixed: names that belong to a run; a flag that contradicts
+    the checkpoint is an error."""
+    script = parser.prog.removesuffix(".py")
+    first, _ = parser.parse_known_args(argv)
+    run = Path(first.run or f"runs/{script}-{Path(first.data).resolve().name}")
+    state = load(run / "last.pt", script) if (run / "last.pt").exists() else None
+    if first.data == "toy":
+        parser.set_defaults(**toy)
+    if state:
+        parser.set_defaults(**{name: state["args"][name] for name in (*fixed, "epochs")})
     args = parser.parse_args(argv)
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))   # None stays where no flag sets it
-    return args, {k: v for k, v in vars(given).items() if v is not None}
+    args.run, args.data = run, data.source(args.data)
+    for name in fixed if state and not (args.sample or args.interpolate) else ():
+        if getattr(args, name) != state["args"][name]:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the run in {run}, which has "
+                            f"{state['args'][name]}; leave the flag out, or give another --run")
+    args.device = device(args.device)
+    return args, state
+
+
+def device(name):
+    """A device by name; "auto" is cuda where there is one."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} is not to be had here ({str(error).splitlines()[0]}); try --device cpu") from None
+    return name
+
+
+def number(kind, low, high=2**31):
+    """An argparse type: an int or a float from low to high."""
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    read.__name__ = kind.__name__
+    return read
 
 
 def save_grid(path, images, columns, captions=()):
     """images (N, 3, S, S) in [-1, 1] -> a PNG with `columns` pictures a row; captions, one a row, beside it as .txt."""
     from torchvision.utils import save_image
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")
-    save_image(images.float(), part, nrow=columns, normalize=True, value_range=(-1, 1))
-    os.replace(part, path)
+    with data.writing(path) as part:
+        save_image(images.float(), part, format="png", nrow=columns, normalize=True, value_range=(-1, 1))
     if captions:
         path.with_suffix(".txt").write_text("".join(f"{c}\n" for c in captions), encoding="utf-8", errors="replace")
     return path
@@ -146,9 +152,8 @@ def slug(captions):
 
 def save_log(path, rows):
     """Rows, dicts of one set of keys, as csv. The checkpoint keeps the rows, so a resumed log has no gap and no double."""
-    part = Path(path).with_suffix(".part")
-    part.write_text("\n".join(",".join(map(str, line)) for line in [rows[0], *(r.values() for r in rows)]) + "\n")
-    os.replace(part, path)
+    with data.writing(path) as part:
+        part.write_text("\n".join(",".join(map(str, line)) for line in [rows[0], *(r.values() for r in rows)]) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------- text encoders
@@ -156,17 +161,17 @@ def save_log(path, rows):
 class TextEncoder(nn.Module):
     """What both encoders share. tokens(captions) -> integers; sentences(tokens) -> (B, dim)."""
 
-    @torch.inference_mode()
-    def encode(self, captions, label="encoding captions"):
-        """Any number of captions -> (N, dim), on the encoder's device."""
+    @torch.no_grad()
+    def encode(self, captions, label=None):
+        """Any number of captions -> (N, dim), on the encoder's device. label: shows a bar."""
         self.eval()
-        out = []
-        with Progress(len(captions), label, "captions") as bar:
-            for i in range(0, len(captions), 256):
-                tokens = self.tokens(captions[i:i + 256])
-                out.append(self.sentences(tokens.to(next(self.parameters()).device)))
+        bar, out = Progress(len(captions), label, "captions"), []
+        for i in range(0, len(captions), 256):
+            tokens = self.tokens(captions[i:i + 256])
+            out.append(self.sentences(tokens.to(next(self.parameters()).device)))
+            if label:
                 bar.step(len(out[-1]))
-        return torch.cat(out).clone()
+        return torch.cat(out)
 
     def ask(self, captions):
         """encode for captions that a user typed: names what the encoder does not know, fails where nothing is left."""
@@ -176,9 +181,7 @@ class TextEncoder(nn.Module):
                 raise UserError(f"the text encoder knows nothing of {caption[:80]!r}; say it in other words")
             if unknown:
                 print(f"warning: not known to the text encoder and left out: {' '.join(dict.fromkeys(unknown))}", file=sys.stderr)
-        tokens = self.tokens(captions).to(next(self.parameters()).device)
-        with torch.inference_mode():
-            return self.eval().sentences(tokens).clone()
+        return self.encode(captions)
 
 
 class CharCnnRnn(TextEncoder):
@@ -203,7 +206,7 @@ class CharCnnRnn(TextEncoder):
         text = caption.lower()
         return [c for c in text if c in self.position and c != " "], [c for c in text if c not in self.position and not c.isspace()]
 
-    def tokens(self, captions):                                   # unknown characters are blank columns, as in Reed's code
+    def tokens(self, captions, rng=None):                         # unknown characters are blank columns, as in Reed's code
         rows = [[self.position.get(c, 0) for c in caption.lower()[:self.length]] for caption in captions]
         return torch.tensor([row + [0] * (self.length - len(row)) for row in rows])
 
@@ -302,16 +305,12 @@ def joint_embedding_loss(image, text):
     return ((over_text + over_image) * wrong).mean()
 
 
-def same_class(classes):
-    """(B, B), true for pairs of different samples of one class: DAMSM takes them neither for right nor for wrong."""
-    return (classes[:, None] == classes[None]) & ~torch.eye(len(classes), dtype=torch.bool, device=classes.device)
-
-
 def both_ways(score, classes):
-    """Cross entropy of the right partner, over rows plus over columns. score (B, B)."""
-    score = score.masked_fill(same_class(classes), -math.inf)
+    """Cross entropy of the right partner, over rows plus over columns. score (B, B). Other pairs of one class count
+    neither as right nor as wrong (AttnGAN's code)."""
+    same = (classes[:, None] == classes[None]).fill_diagonal_(False)
     target = torch.arange(len(score), device=score.device)
-    return F.cross_entropy(score, target) + F.cross_entropy(score.T, target)
+    return sum(F.cross_entropy(s.masked_fill(same, -math.inf), target) for s in (score, score.T))
 
 
 def sentence_loss(image, sentence, classes, gamma3=10.0):
@@ -368,7 +367,7 @@ def inception(device="cpu"):
     net.Mixed_6e.register_forward_hook(lambda module, inputs, out: seen.update(regions=F.adaptive_avg_pool2d(out, 6).flatten(2)))
     net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(images):
         x = images.to(device, memory_format=torch.channels_last)
         if x.shape[-2:] != (299, 299):
@@ -380,37 +379,22 @@ def inception(device="cpu"):
 def inception_features(dataset, device):
     """Pooled (N, 2048) and regions (N, 768, 36) of every picture's central square, computed once from the originals at
     299 px, cached beside the pictures and mapped into memory."""
-    shapes = {"pooled": ((2048,), torch.float32), "regions": ((768, 36), torch.float16)}
-    paths = {k: dataset.stem.with_name(f"{dataset.stem.name}-inception-{dataset.key[:12]}.{k}") for k in shapes}
-    if not all(p.exists() for p in paths.values()):
-        net = inception(device)
-        parts = {k: p.with_name(f"{p.name}.part{os.getpid()}") for k, p in paths.items()}
-        files = {k: open(p, "wb") for k, p in parts.items()}
-
-        def write(block):
-            images = torch.stack([torch.from_numpy(a.copy()) for a in block]).to(device).float() / 127.5 - 1
-            for (k, (_, dtype)), value in zip(shapes.items(), net(images)):
-                files[k].write(value.to("cpu", dtype).contiguous().numpy().tobytes())
-        try:
-            block = []
-            for array in data.decoded(dataset.pictures, 299, f"Inception features of {dataset.name} {dataset.split}"):
-                block.append(array)
-                if len(block) == 32:
-                    write(block)
+    n, shapes = len(dataset), {"pooled": ((2048,), torch.float32), "regions": ((768, 36), torch.float16)}
+    paths = [dataset.stem.with_name(f"{dataset.stem.name}-inception-{dataset.key[:12]}.{k}") for k in shapes]
+    if not all(p.exists() for p in paths):
+        net, block = inception(device), []
+        with data.writing(paths[0]) as a, data.writing(paths[1]) as b, open(a, "wb") as pooled, open(b, "wb") as regions:
+            arrays = data.decoded(dataset.pictures, 299, f"Inception features of {dataset.name} {dataset.split}")
+            for i, array in enumerate(arrays, 1):
+                if array is None:
+                    raise UserError(f"{dataset.pictures[i - 1].path} can no longer be read; run the same command again")
+                block.append(torch.from_numpy(array.copy()))
+                if len(block) == 32 or i == n:
+                    images = torch.stack(block).to(device).float() / 127.5 - 1
+                    for file, value, (_, dtype) in zip((pooled, regions), net(images), shapes.values()):
+                        file.write(value.to("cpu", dtype).contiguous().numpy().tobytes())
                     block = []
-            if block:
-                write(block)
-            for k, file in files.items():
-                file.close()
-                os.replace(parts[k], paths[k])
-        except OSError as error:
-            raise UserError(f"could not write {paths['regions']} ({error.strerror})") from None
-        finally:
-            for part in parts.values():
-                part.unlink(missing_ok=True)
-    n = len(dataset)
-    return tuple(torch.from_file(str(paths[k]), shared=False, size=n * math.prod(shape), dtype=dtype).view(n, *shape)
-                 for k, (shape, dtype) in shapes.items())
+    return tuple(data.mapped(path, (n, *shape), dtype) for path, (shape, dtype) in zip(paths, shapes.values()))
 
 
 class SmallCnn(nn.Module):
@@ -462,22 +446,20 @@ def retrieval(image, text, image_class, text_class):
 
 @torch.no_grad()
 def fold(encoder, norm, captions):
-    """Put the norm behind the last layer into it, and one scale more: RMS 1 over the captions, so that a generator sees
-    sentences of one loudness, that of its noise. Retrieval by inner product does not see the scale."""
+    """Put the norm behind the last layer into it, and one scale more: sentences of mean square length 1. Retrieval by
+    inner product does not see the scale; a generator does: 32 times louder (RMS 1), GAN-CLS drowned its noise and drew one
+    picture a caption (toy, standard deviation over noises 0.01; 0.15 with length 1)."""
     scale = (norm.running_var + norm.eps).rsqrt()
     encoder.emb_proj.bias.sub_(norm.running_mean).mul_(scale)
     encoder.emb_proj.weight.mul_(scale[:, None])
-    loudness = encoder.encode(captions[::len(captions) // 2000 + 1], "scale of the text").square().mean().sqrt()
+    loudness = encoder.encode(captions[::len(captions) // 2000 + 1], "scale of the text").square().sum(1).mean().sqrt()
     encoder.emb_proj.bias.div_(loudness), encoder.emb_proj.weight.div_(loudness)
-    norm.reset_running_stats()
-    norm.running_var.sub_(norm.eps)                                # now the identity
 
 
 def train_text_encoder(kind, name, root, device, path, iterations=None, image_features=None, seed=0):
-    """Train an encoder for a data set, save it to path, print its retrieval on held-out classes. Continues an unfinished one."""
-    toy = name == "toy"
+    """Train an encoder for a data set, save it to path, return its retrieval on held-out classes. Continues an unfinished one."""
+    toy, sje = name == "toy", kind == "char-cnn-rnn"
     small = (image_features or ("small" if toy else "inception")) == "small"
-    sje = kind == "char-cnn-rnn"
     iterations = iterations or (400 if toy else 3000)
     train, test = (data.load(name, split, 64, root) for split in ("train", "test"))
     if train.classes.max() + 1 < 40:        # too few classes to fill a batch: every picture is one of its own
@@ -499,10 +481,15 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, image_fe
     lr, decay, betas = (3e-4, 0.02, (0.9, 0.999)) if sje else (2e-3, 0.1, (0.5, 0.999))
     optimizer = torch.optim.Adam(weights, lr, betas)
     batches, done = data.Batches(train, 48, seed, device), 0
+    parts = {"encoder": encoder, "image": side, "norm": norm, "optimizer": optimizer}
+    about = {"encoder": kind, "data": data.source(name), "pictures": train.key, "small": small, "seed": seed, "iterations": iterations}
     if Path(path).exists():
         state = load(path, "text encoder")
-        encoder.load_state_dict(state["encoder"]), side.load_state_dict(state["image"]), norm.load_state_dict(state["norm"])
-        optimizer.load_state_dict(state["optimizer"])
+        if state["note"] or state["about"] != about:
+            raise UserError(f"{path} is {'finished' if state['note'] else 'of other pictures or settings'}; remove it to train anew, "
+                            f"or give another file by --out")
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
         done = state["iteration"]
 
     def look(dataset, index, rng):
@@ -511,16 +498,16 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, image_fe
         return tuple(feature[index].float().to(device) for feature in source[dataset])
 
     def keep(note=None):
-        save(path, {"kind": "text encoder", "encoder": encoder.state_dict(), "image": side.state_dict(), "norm": norm.state_dict(),
-                    "optimizer": optimizer.state_dict(), "iteration": done, "iterations": iterations, "note": note})
+        save(path, {"kind": "text encoder", "about": about, "iteration": done, "note": note,
+                    **{key: part.state_dict() for key, part in parts.items()}})
 
     print(f"training {kind} on {name}: {len(train)} pictures, {len(train.captions)} captions, image side "
           f"{'a small network trained along' if small else 'Inception-v3, frozen'}, {iterations} iterations on {device}")
-    with Stop() as stop, Progress(iterations, kind, "batches") as bar:
-        bar.step(done)
+    with Stop() as stop, Progress(iterations, kind, "batches", done) as bar:
         while done < iterations and not stop.code:
             for group in optimizer.param_groups:
                 group["lr"] = lr * decay ** (done / iterations)
+            torch.manual_seed(seed * 2**20 + done)                 # dropout too: a resumed training is the same one
             rng = torch.Generator().manual_seed(seed * 2**20 + done)
             if sje:                                                # one picture each of 40 classes
                 c = torch.randperm(len(batches.count), generator=rng)[:40]
@@ -530,31 +517,32 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, image_fe
             captions = [train.captions[i] for i in batches.say(index, rng)[:, 0]]
             encoder.train(), side.train(), norm.train()
             whole, local = side(look(train, index, rng))
+            tokens, classes = encoder.tokens(captions, rng).to(device), train.classes[index].to(device)
             if sje:
-                loss = joint_embedding_loss(whole, norm(encoder.sentences(encoder.tokens(captions).to(device))))
+                loss = joint_embedding_loss(whole, norm(encoder.sentences(tokens)))
             else:
-                tokens, classes = encoder.tokens(captions, rng).to(device), train.classes[index].to(device)
                 words, sentence = encoder(tokens)
-                loss = (word_loss(local, words, (tokens != 0).sum(1).clamp(min=1), classes)
-                        + sentence_loss(whole, sentence, classes))
+                loss = word_loss(local, words, (tokens != 0).sum(1).clamp(min=1), classes) + sentence_loss(whole, sentence, classes)
             optimizer.zero_grad()
             loss.backward()
             if not sje:
                 nn.utils.clip_grad_norm_(encoder.parameters(), 0.25)
             optimizer.step()
             done += 1
-            bar.step(1, f"loss {loss.item():.3f}" if done % 20 == 0 else None)
-            if done % 500 == 0:
+            last = stop.code or done % 500 == 0 or done == iterations
+            if (last or done % 20 == 0) and not math.isfinite(loss.item()):
+                raise UserError(f"the loss of {kind} is not finite at batch {done}; {path} holds the last good state, if any")
+            if last:
                 keep()
-    if stop.code:
-        keep()
-        print(f"saved to {path}; the same command continues", file=sys.stderr)
-        raise SystemExit(stop.code)
+            bar.step(1, f"loss {loss.item():.3f}" if done % 20 == 0 else None)
+        if stop.code:
+            print(f"saved to {path}; the same command continues", file=sys.stderr)
+            raise SystemExit(stop.code)
 
     side.eval()
     if sje:
         fold(encoder, norm.eval(), train.captions)
-    with torch.inference_mode():
+    with torch.no_grad():
         few = torch.arange(min(len(test), 1000 if test.classes.max() + 1 == len(test) else len(test)))
         image = torch.cat([side(look(test, i, None))[0] for i in few.split(64)])
         owner = torch.repeat_interleave(torch.arange(len(test)), test.first.diff())[:test.first[len(few)]]
@@ -613,8 +601,12 @@ def read_encoder(path):
         raise UserError(f"{path} does not exist; --text-encoder takes an encoder.pt or a released .pth")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if "text_encoder" in state:
+            return rebuild(state["text_encoder"]), state["text_note"]
         if "encoder" in state:
-            return rebuild(state["encoder"]), f"{state.get('note') or 'text encoder'} ({path})"
+            if not state["note"]:
+                raise UserError(f"{path} is not trained to the end; the command that began it continues")
+            return rebuild(state["encoder"]), f"{state['note']} ({path})"
         if "encoder.weight" in state:
             book = next((p for n in ("captions.pickle", "captions_DAMSM.pickle") if (p := path.with_name(n)).exists()), None)
             if book is None:
@@ -627,14 +619,18 @@ def read_encoder(path):
         return rebuild(state), f"released encoder {path}"
     except UserError:
         raise
-    except Exception:
+    except Exception:     # whatever a damaged file makes of torch, pickle and the layers
         raise UserError(f"{path} is no text encoder, or is damaged") from None
 
 
+def encoder_path(kind, name):
+    return Path("runs") / f"{kind}-{Path(name).resolve().name}" / "encoder.pt"
+
+
 def text_encoder(kind, name, root, device, path=None, train_here=False, image_features=None):
-    """The frozen text encoder for a data set: the file given, else the published one (DAMSM of cub and coco), else the
-    one trained here, now if need be. Prints which one it is and where it came from."""
-    encoder, own = None, Path("runs") / f"{kind}-{Path(name).resolve().name}" / "encoder.pt"
+    """The frozen text encoder for a data set and a note: the file given, else the published one (DAMSM of cub and coco),
+    else the one trained here, now if need be. Prints which one it is and where it came from."""
+    encoder, own = None, encoder_path(kind, name)
     if path:
         encoder, note = read_encoder(path)
     elif kind == "damsm" and name in PUBLISHED and not train_here:
@@ -645,14 +641,16 @@ def text_encoder(kind, name, root, device, path=None, train_here=False, image_fe
         except UserError as error:
             print(f"no published encoder ({error}); training one here")
     if encoder is None:
-        if not own.exists() or not load(own, "text encoder")["note"]:
+        state = load(own, "text encoder") if own.exists() else None
+        if state and state["about"]["data"] != data.source(name):
+            raise UserError(f"{own} was trained on {state['about']['data']}; give it by --text-encoder, or remove it")
+        if not state or not state["note"]:
             train_text_encoder(kind, name, root, device, own, image_features=image_features)
         encoder, note = read_encoder(own)
-    wanted = CharCnnRnn if kind == "char-cnn-rnn" else Damsm
-    if not isinstance(encoder, wanted):
+    if not isinstance(encoder, CharCnnRnn if kind == "char-cnn-rnn" else Damsm):
         raise UserError(f"{path} is a {type(encoder).__name__}, this script needs {kind}")
     print(f"text encoder: {note}")
-    return encoder.to(device)
+    return encoder.to(device), note
 
 
 def embeddings(encoder, dataset):
@@ -674,14 +672,14 @@ def main():
     p.add_argument("--encoder", choices=["char-cnn-rnn", "damsm"], default="char-cnn-rnn")
     p.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder of pictures and captions (default: toy)")
     p.add_argument("--root", default="datasets", help="folder that holds the named data sets (default: datasets)")
-    p.add_argument("--iterations", type=int, help="batches (default: 3000; toy 400)")
+    p.add_argument("--iterations", type=number(int, 1), help="batches (default: 3000; toy 400)")
     p.add_argument("--image-features", choices=["inception", "small"], help="image side (default: inception; toy small)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
     p.add_argument("--out", type=Path, help="file to write (default: runs/<encoder>-<data>/encoder.pt)")
     a = p.parse_args()
-    out = a.out or Path("runs") / f"{a.encoder}-{Path(a.data).resolve().name}" / "encoder.pt"
-    print(train_text_encoder(a.encoder, a.data, a.root, a.device, out, a.iterations, a.image_features, a.seed))
+    out = a.out or encoder_path(a.encoder, a.data)
+    print(train_text_encoder(a.encoder, a.data, a.root, device(a.device), out, a.iterations, a.image_features, a.seed))
     print(f"saved to {out}")
 
 

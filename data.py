@@ -12,20 +12,26 @@ a path   a folder of any depth, photo.jpg beside photo.txt with one caption a li
 
 Train and test classes are disjoint in toy, flowers and cub (zero-shot); of a folder every tenth picture is held out.
 Pictures are decoded once, in parallel, into a uint8 file of (N, 3, L, L), L = 76/64 of the training size, that is
-memory-mapped: resident memory does not grow with the number of pictures (COCO at 256 px: 23 GB of disk, not of RAM),
-start-up grows with one stat call each. The store lives in ./datasets/cache, so a picture folder is never written to.
+memory-mapped: resident memory does not grow with the number of pictures (COCO at 256 px: 23 GB of disk, not of RAM);
+start-up opens every caption file and asks for every picture's size and time. The store lives in ./datasets/cache (a link
+moves it to another disk), so that a folder of pictures is never written to.
 """
+import contextlib
+import gzip
 import hashlib
+import http.client
 import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -52,30 +58,54 @@ class Picture(NamedTuple):
 class Progress:
     """A bar on stderr with rate and time left. Where stderr is no terminal: a line every half minute."""
 
-    def __init__(self, total, label, unit="images"):
-        self.total, self.label, self.unit, self.done, self.note = total, label, unit, 0, ""
-        self.start, self.shown, self.tty = time.time(), time.time() - (0 if not sys.stderr.isatty() else 9), sys.stderr.isatty()
+    def __init__(self, total, label, unit="images", done=0):
+        self.total, self.label, self.unit, self.done, self.begun, self.note = total, label, unit, done, done, ""
+        self.start, self.tty = time.time(), sys.stderr.isatty()
+        self.shown = self.start
 
     def step(self, n=1, note=None):
         self.done, self.note = self.done + n, self.note if note is None else note
         if time.time() - self.shown > (0.2 if self.tty else 30) and self.done < self.total:
-            self.show("\r" if self.tty else "\n")
+            self.show("" if self.tty else "\n")
 
-    def show(self, end):
+    def show(self, end="\n"):
         self.shown = time.time()
-        rate = self.done / max(self.shown - self.start, 1e-9)
+        rate = (self.done - self.begun) / max(self.shown - self.start, 1e-9)
         left = int((self.total - self.done) / rate) if rate else 0
         bar = "#" * int(20 * self.done / max(self.total, 1))
-        line = (f"{self.label} [{bar:<20}] {self.done}/{self.total}  {rate:.{0 if rate > 9 else 1}f} {self.unit}/s"
-                f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left  {self.note}")
-        sys.stderr.write(("\r\033[K" if self.tty else "") + line + ("" if end == "\r" else end))
+        sys.stderr.write(("\r\033[K" if self.tty else "") +
+                         f"{self.label} [{bar:<20}] {self.done:.0f}/{self.total:.0f}  {rate:.{0 if rate > 9 else 1}f} {self.unit}/s"
+                         f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left  {self.note}{end}")
         sys.stderr.flush()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.show("\n")
+        self.show()
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A temporary name beside path, which takes its place when the block ends well and goes when it does not. What dead
+    processes left behind under such names is swept."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    for old in path.parent.glob(f"{path.name}.part[0-9]*"):
+        try:
+            os.kill(int(old.name.rpartition(".part")[2]), 0)
+        except (ValueError, ProcessLookupError):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        except PermissionError:                                   # somebody else's, and alive
+            pass
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- downloads
@@ -102,7 +132,6 @@ FLOWERS_CAPTIONS = ("https://drive.google.com/file/d/0B0ywwgffWnLLcms2WWJQRFNSWX
 
 def download(url, path, md5=None, sha256=None):
     """Fetch url to path. An interrupted download is kept as path.part and continued; a wrong checksum is an error."""
-    from torchvision.datasets.utils import check_integrity
     path = Path(path)
     part = path.with_name(path.name + ".part")
     if not path.exists():
@@ -113,31 +142,30 @@ def download(url, path, md5=None, sha256=None):
             with urllib.request.urlopen(request, timeout=60) as answer:
                 have = have if answer.status == 206 else 0        # 200: the server starts over
                 total = have + int(answer.headers.get("Content-Length") or 0)
-                with open(part, "ab" if have else "wb") as file, Progress(total >> 20, path.name, "MB") as bar:
+                with open(part, "ab" if have else "wb") as file, Progress(total / 1e6, path.name, "MB", have / 1e6) as bar:
                     while block := answer.read(1 << 20):
                         file.write(block)
-                        bar.step(len(block) / 2**20)
+                        bar.step(len(block) / 1e6)
             if part.stat().st_size < total:
                 raise UserError(f"the download of {url} broke off at {part.stat().st_size} of {total} bytes; "
                                 f"run the same command again to continue")
         except urllib.error.HTTPError as error:
             if error.code != 416:                                 # 416: nothing is left to fetch
                 raise UserError(f"{url} answered {error.code} {error.reason}; put the file at {path} by hand") from None
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(f"could not download {url} ({getattr(error, 'reason', error)}); run the same command again "
                             f"to continue, or put the file at {path} by hand") from None
         os.replace(part, path)
-    good = check_integrity(path, md5) if md5 else not sha256 or hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-    if not good:
-        path.unlink()
-        raise UserError(f"{path} did not have the published checksum and was removed; run the same command again")
+    for kind, published in (("md5", md5), ("sha256", sha256)):
+        with open(path, "rb") as file:
+            if published and hashlib.file_digest(file, kind).hexdigest() != published:
+                os.replace(path, bad := path.with_name(path.name + ".bad"))
+                raise UserError(f"{path} has not the published {kind} and is now {bad.name}; run the same command again")
     return path
 
 
 def extract(archive, folder, name):
     """Unpack what lies under a folder called `name` inside the archive to folder/name, whole or not at all."""
-    target, part = Path(folder) / name, Path(folder) / f"{name}.part{os.getpid()}"
-
     def inside(member):   # the path below `name`, or None: never absolute, never with ..
         parts = PurePosixPath(member).parts
         if name not in parts or "__MACOSX" in parts or ".." in parts or member.startswith("/"):
@@ -145,41 +173,43 @@ def extract(archive, folder, name):
         return "/".join(parts[parts.index(name) + 1:])
 
     try:
-        if str(archive).endswith(".zip"):
-            with zipfile.ZipFile(archive) as z, Progress(len(z.infolist()), Path(archive).name, "files") as bar:
-                for member in z.infolist():
-                    if inside(member.filename) and not member.is_dir():
-                        member.filename = inside(member.filename)
-                        z.extract(member, part)
-                    bar.step()
-        else:
-            with tarfile.open(archive) as t, Progress(1, Path(archive).name, "archives") as bar:
-                part.mkdir(parents=True)
-                members = ((m, inside(m.name)) for m in t)
-                t.extractall(part, (m.replace(name=to, deep=False) for m, to in members if to and (m.isfile() or m.isdir())),
-                             filter="data")       # refuses what would land outside the folder
-                bar.step()
-        if not part.exists() or not any(part.iterdir()):
-            raise UserError(f"{archive} holds no folder {name}; remove it and run the same command again")
-        os.replace(part, target)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        with writing(Path(folder) / name) as part, Progress(1, f"unpacking {Path(archive).name}", "archives") as bar:
+            part.mkdir()
+            if str(archive).endswith(".zip"):
+                with zipfile.ZipFile(archive) as z:
+                    for member in z.infolist():
+                        if inside(member.filename) and not member.is_dir():
+                            member.filename = inside(member.filename)
+                            z.extract(member, part)
+            else:
+                with gzip.open(archive) as stream:                # its checksum first: tarfile takes damage for the end
+                    while stream.read(1 << 20):
+                        pass
+                with tarfile.open(archive) as t:
+                    members = ((m, inside(m.name)) for m in t)
+                    t.extractall(part, (m.replace(name=to, deep=False) for m, to in members if to and (m.isfile() or m.isdir())),
+                                 filter="data")                   # refuses what would land outside the folder
+            if not any(part.iterdir()):
+                raise UserError(f"{archive} holds no folder {name}; remove it and run the same command again")
+            bar.step()
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, ValueError, zlib.error, RuntimeError) as error:
         raise UserError(f"{archive} could not be unpacked ({error}); remove it and run the same command again") from None
-    finally:
-        if part.exists():
-            import shutil
-            shutil.rmtree(part, ignore_errors=True)
 
 
 def fetch(name, folder):
     """Download and unpack what is not in the folder yet."""
     for url, file, md5, inner in URLS[name]:
-        ready = [inner] + (["text_c10", "cvpr2016_cub/text_c10"] if inner == "text" else [])
-        if not any((folder / r).exists() for r in ready):
+        if not (folder / inner).exists() and not (inner == "text" and captions_of(folder, "cub")):
             extract(download(url, folder / file, md5), folder, inner)
 
 
-def text_folder(folder, *names):
-    return next((folder / n for n in names if (folder / n).is_dir()), None)
+def captions_of(folder, name):
+    """The folder of Reed's captions, unpacked from his archive where somebody has put it; None where there is neither."""
+    archive = folder / f"cvpr2016_{name}.tar.gz"
+    places = [folder / "text_c10", folder / f"cvpr2016_{name}" / "text_c10", folder / "text"]
+    if archive.exists() and not any(p.is_dir() for p in places):
+        extract(archive, folder, "text_c10")
+    return next((p for p in places if p.is_dir()), None)
 
 
 # ---------------------------------------------------------------------------------------------------- the sources
@@ -192,15 +222,11 @@ def read_captions(path):
 
 def flowers(folder, split):
     """Reed's zero-shot split: class = Oxford label, 1-20 test (1,155 pictures), 21-102 train (7,034)."""
-    fetch("flowers", folder)
-    text = text_folder(folder, "text_c10", "cvpr2016_flowers/text_c10")
-    archive = folder / "cvpr2016_flowers.tar.gz"
-    if text is None and archive.exists():
-        extract(archive, folder, "text_c10")
-        text = folder / "text_c10"
-    if text is None:
+    text = captions_of(folder, "flowers")
+    if text is None:                                              # said before 345 MB are fetched
         raise UserError(f"the captions of flowers need a browser: open {FLOWERS_CAPTIONS} and put "
                         f"cvpr2016_flowers.tar.gz into {folder}")
+    fetch("flowers", folder)
     return [Picture(folder / "jpg" / f"{t.stem}.jpg", read_captions(t), int(t.parent.name[6:]))
             for t in sorted(text.glob("class_*/image_*.txt")) if (int(t.parent.name[6:]) <= 20) == (split == "test")]
 
@@ -214,17 +240,17 @@ CUB_TEST = {  # the 50 unseen classes of Reed et al. and everyone since
 def cub(folder, split):
     """150 / 50 classes, 8,855 / 2,933 pictures. train_test_split.txt is another split: of pictures, not classes."""
     fetch("cub", folder)
-    text = text_folder(folder, "text_c10", "cvpr2016_cub/text_c10", "text")
-    base = folder / "CUB_200_2011"
-    rows = [[line.split() for line in (base / f).read_text().splitlines()] for f in ("images.txt", "bounding_boxes.txt")]
+    base, text = folder / "CUB_200_2011", captions_of(folder, "cub")
+    names, boxes = (dict(line.split(maxsplit=1) for line in (base / f).read_text().splitlines())
+                    for f in ("images.txt", "bounding_boxes.txt"))
     pictures = []
-    for (number, name), (_, *box) in zip(*rows):
+    for number, name in names.items():
         if (int(name[:3]) in CUB_TEST) == (split == "test"):
-            # the box of StackGAN, AttnGAN and DF-GAN: a square about its middle, half as wide as 0.75 of the longer side
-            x, y, w, h = (int(float(v)) for v in box)
+            # the box of StackGAN, AttnGAN and DF-GAN: a square about its middle, 1.5 times as wide as the longer side
+            x, y, w, h = (int(float(v)) for v in boxes[number].split())
             r, cx, cy = int(max(w, h) * 0.75), (2 * x + w) // 2, (2 * y + h) // 2
-            captions = read_captions(text / Path(name).with_suffix(".txt"))
-            pictures.append(Picture(base / "images" / name, captions, int(name[:3]), (cx - r, cy - r, cx + r, cy + r)))
+            captions = read_captions(text / Path(name.strip()).with_suffix(".txt"))
+            pictures.append(Picture(base / "images" / name.strip(), captions, int(name[:3]), (cx - r, cy - r, cx + r, cy + r)))
     return pictures
 
 
@@ -232,8 +258,7 @@ def coco(folder, split):
     """train2014 (82,783) / val2014 (40,504), the first five captions. No classes: each picture is its own."""
     fetch("coco", folder)
     part = "train2014" if split == "train" else "val2014"
-    with open(folder / "annotations" / f"captions_{part}.json", encoding="utf-8") as file:
-        table = json.load(file)
+    table = json.loads((folder / "annotations" / f"captions_{part}.json").read_text(encoding="utf-8"))
     captions = {}
     for note in table["annotations"]:
         captions.setdefault(note["image_id"], []).append(" ".join(note["caption"].split()))
@@ -249,9 +274,11 @@ def own(folder, split):
     paths = sorted(Path(d) / f for d, _, files in os.walk(folder) for f in files if Path(f).suffix.lower() in kinds)
     if len(paths) < 2:
         raise UserError(f"{folder} holds {len(paths)} pictures; a folder needs at least 2, each photo.jpg beside photo.txt")
-    if len(paths) >= 20:
-        paths = [p for i, p in enumerate(paths) if (i % 10 == 9) == (split == "test")]
-    return [Picture(p, read_captions(p.with_suffix(".txt")), str(p.parent.relative_to(folder))) for p in paths]
+    pictures = [Picture(p, read_captions(p.with_suffix(".txt")), str(p.parent.relative_to(folder))) for p in paths]
+    useful, mute = [p for p in pictures if p.captions], [p for p in pictures if not p.captions]
+    if len(useful) >= 20:
+        useful = [p for i, p in enumerate(useful) if (i % 10 == 9) == (split == "test")]
+    return useful + mute * (split == "train")                     # the mute ones only to be named, once
 
 
 # ---------------------------------------------------------------------------------------------------- toy flowers
@@ -313,18 +340,14 @@ def draw(traits, side):
 
 def judge_petals(images):
     """The petal colour of toy pictures (B, 3, S, S) in [-1, 1]: pixels of the ring where petals are vote for the nearest
-    of all colours drawn; the petal colour with most votes wins. Right for 99% of the drawn pictures (tests)."""
+    of the colours of petals and grounds; the petal colour with most votes wins. Right for 99% of the drawn ones (tests)."""
     pixels = (images.float().cpu().clamp(-1, 1) + 1) * 127.5                                  # (B, 3, S, S)
     grid = torch.linspace(-0.5, 0.5, images.shape[-1])
     r = torch.hypot(grid[:, None], grid[None])
     ring = pixels[..., (r > 0.12) & (r < 0.24)].permute(0, 2, 1)                              # (B, ring, 3)
-    tables = (PETALS, CENTRES, GROUNDS)
-    colours = torch.tensor([c for t in tables for c in t.values()], dtype=torch.float32)
-    names = [n for t in tables for n in t]
-    nearest = torch.cdist(ring, colours[: len(PETALS)]), torch.cdist(ring, colours[len(PETALS) + len(CENTRES):])
-    vote = nearest[0].argmin(-1).masked_fill(nearest[0].amin(-1) > nearest[1].amin(-1), len(PETALS))
-    votes = torch.nn.functional.one_hot(vote, len(PETALS) + 1).sum(1)[:, :-1]
-    return [names[i] for i in votes.argmax(1)]
+    colours = torch.tensor([*PETALS.values(), *GROUNDS.values()], dtype=torch.float32)
+    votes = torch.nn.functional.one_hot(torch.cdist(ring, colours).argmin(-1), len(colours)).sum(1)
+    return [list(PETALS)[i] for i in votes[:, :len(PETALS)].argmax(1)]
 
 
 # ---------------------------------------------------------------------------------------------------- preparation
@@ -371,6 +394,11 @@ def digest(pictures):
     return h.hexdigest()
 
 
+def mapped(path, shape, dtype=torch.uint8):
+    """A file as a tensor that the system pages in and out: not one private to us, which would need memory set aside."""
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+
 def store(pictures, side, stem, key):
     """Decode once to <stem>.u8, a (N, 3, side, side) uint8 array, and map it into memory. Returns it and the broken ones.
 
@@ -382,26 +410,21 @@ def store(pictures, side, stem, key):
     except (OSError, ValueError, KeyError, TypeError):
         fresh = False
     if not fresh:
-        stem.parent.mkdir(parents=True, exist_ok=True)
+        broken = []
         about.unlink(missing_ok=True)
-        part, broken = images.with_name(f"{images.name}.part{os.getpid()}"), []
         try:
-            with open(part, "wb") as file:
+            with writing(images) as part, open(part, "wb") as file:
                 for picture, array in zip(pictures, decoded(pictures, side, f"preparing {stem.name}")):
                     if array is None:
                         broken.append(str(picture.path))
                     else:
                         file.write(array.tobytes())
-            os.replace(part, images)
             known = {"key": key, "count": len(pictures) - len(broken), "broken": broken}
-            part.write_text(json.dumps(known))
-            os.replace(part, about)
+            with writing(about) as part:
+                part.write_text(json.dumps(known))
         except OSError as error:
             raise UserError(f"could not write {images} ({error.strerror}); it needs {len(pictures) * 3 * side**2 >> 20} MB") from None
-        finally:
-            part.unlink(missing_ok=True)
-    size = known["count"] * 3 * side * side
-    return torch.from_file(str(images), shared=False, size=size, dtype=torch.uint8).view(-1, 3, side, side), set(known["broken"])
+    return mapped(images, (known["count"], 3, side, side)) if known["count"] else None, set(known["broken"])
 
 
 class Dataset:
@@ -416,8 +439,7 @@ class Dataset:
         load_size = math.ceil(size * 76 / 64)
         mute = [str(p.path) for p in pictures if not p.captions]
         lost = [str(p.path) for p in pictures if p.captions and p.path and not p.path.is_file()]
-        pictures = [p for p in pictures if p.captions and (p.path is None or p.path.is_file())]
-        broken = set()
+        pictures, broken = [p for p in pictures if p.captions and (p.path is None or p.path.is_file())], set()
         if pictures:
             self.key = digest(pictures)
             self.images, broken = store(pictures, load_size, stem.with_name(f"{stem.name}-{size}"), self.key)
@@ -426,7 +448,7 @@ class Dataset:
                     for why, names in (("without a caption", mute), ("missing", lost), ("broken", broken)) if names]
         if left_out:
             print(f"{name} {split}: left out " + ", ".join(left_out), file=sys.stderr)
-        if len(self.pictures) < 2:
+        if len(self.pictures) < (1 if split == "test" else 2):
             raise UserError(f"{name} has {len(self.pictures)} usable pictures for {split}; it needs at least 2 pictures with captions")
         labels = [p.label for p in self.pictures]
         if len(set(labels)) == 1:             # no classes to tell apart: every picture is its own
@@ -446,18 +468,23 @@ class Dataset:
         return self.images[index, :, a:a + self.size, a:a + self.size].float() / 127.5 - 1
 
 
+NAMED = {"flowers": flowers, "cub": cub, "coco": coco}
+
+
+def source(name):
+    """The data set as runs remember it: toy, flowers, cub, coco, or the absolute path of a folder."""
+    return name if name == "toy" or name in NAMED else str(Path(name).resolve())
+
+
 def load(name, split="train", size=64, root="datasets", cache=None):
     """A data set by name, or a folder of one's own by path. split: train or test. size: S, in pixels."""
-    cache, folder = Path(cache or CACHE), Path(root) / name
-    if name == "toy":
-        pictures, label = toy(split), "toy"
-    elif name in ("flowers", "cub", "coco"):
-        pictures, label = {"flowers": flowers, "cub": cub, "coco": coco}[name](folder, split), name
-    else:
-        pictures, label = own(Path(name), split), Path(name).resolve().name
-    # two folders of one name, or one set under two roots, must not evict each other
-    where = hashlib.sha256(str((folder if label == name else Path(name)).resolve()).encode()).hexdigest()[:8]
-    return Dataset(label, split, size, pictures, cache / f"{label}-{where}-{split}")
+    folder = (Path(root) / name).resolve() if name == "toy" or name in NAMED else Path(name).resolve()
+    try:
+        pictures = toy(split) if name == "toy" else NAMED.get(name, own)(folder, split)
+    except (OSError, ValueError, KeyError) as error:              # a file of the archive is missing, or is another one
+        raise UserError(f"{folder} is not laid out as {name} should be ({error}); remove the damaged part and run again") from None
+    where = hashlib.sha256(str(folder).encode()).hexdigest()[:8]  # two folders of one name must not evict each other
+    return Dataset(folder.name, split, size, pictures, Path(cache or CACHE) / f"{folder.name}-{where}-{split}")
 
 
 # ---------------------------------------------------------------------------------------------------- batches
@@ -473,7 +500,7 @@ class Batches:
     """Batches as a pure function of (seed, step): a resumed run needs only the step to see the same ones.
 
     An epoch is a permutation of the pictures, in len(self) batches. Sets of up to a quarter of the device's memory live
-    there; a larger one stays in the memory map and only its batches travel. wrong: "image" or "caption"."""
+    there; a larger one stays in the memory map and only its batches travel. wrong: "image", "caption" or None."""
 
     def __init__(self, dataset, batch_size, seed=0, device="cpu", captions=1, wrong="image"):
         self.data, self.batch_size, self.seed, self.device = dataset, batch_size, seed, torch.device(device)
@@ -519,6 +546,8 @@ class Batches:
         order = order.repeat(-(-self.batch_size // len(order)))              # fewer pictures than a batch: repeat
         index = order[at * self.batch_size:(at + 1) * self.batch_size]
         rng = torch.Generator().manual_seed((self.seed * 2**20 + step) ^ 0x5DEECE66D)
-        other = self.another(index, rng)
-        wrong = self.look(other, rng) if self.wrong == "image" else self.say(other, rng).to(self.device)
+        wrong = None
+        if self.wrong:
+            other = self.another(index, rng)
+            wrong = self.look(other, rng) if self.wrong == "image" else self.say(other, rng).to(self.device)
         return Batch(self.look(index, rng), wrong, self.say(index, rng).to(self.device), self.data.classes[index].to(self.device))

@@ -116,13 +116,13 @@ class StyleEncoder(nn.Module):
 # Logits and softplus: -log sigmoid(s) = softplus(-s), -log(1 - sigmoid(s)) = softplus(s), finite for any s.
 
 def d_loss(real, wrong, fake):
-    """-log D(x, t) - [log(1 - D(x', t)) + log(1 - D(G(z, t), t))] / 2  (Algorithm 1, line 11); wrong None: the plain GAN."""
+    """-log D(x, t) - [log(1 - D(x', t)) + log(1 - D(G(z, t), t))] / 2  (Algorithm 1, line 10); wrong None: the plain GAN."""
     fake = F.softplus(fake).mean()
     return F.softplus(-real).mean() + (fake if wrong is None else (F.softplus(wrong).mean() + fake) / 2)
 
 
 def g_loss(fake):
-    """-log D(G(z, t), t)  (Algorithm 1, line 13)."""
+    """-log D(G(z, t), t)  (Algorithm 1, line 12)."""
     return F.softplus(-fake).mean()
 
 
@@ -150,8 +150,8 @@ def d_step(D, opt_d, real, wrong, fake, t):
     opt_d.zero_grad()
     loss.backward()
     opt_d.step()
-    seen = [s.detach().sigmoid().mean() for s in (s_real, s_real * float("nan") if wrong is None else s_wrong, s_fake)]
-    return loss.detach(), seen      # D(real), D(wrong), D(fake): a D that ignores its text shows in D(wrong)
+    seen = [torch.full_like(loss, math.nan) if s is None else s.float().sigmoid().mean() for s in (s_real, s_wrong, s_fake)]
+    return torch.stack([loss, *seen]).detach()      # and D(real), D(wrong), D(fake): a D that ignores its text shows in D(wrong)
 
 
 def g_step(D, opt_g, fake, t):
@@ -168,7 +168,7 @@ def g_step(D, opt_g, fake, t):
 
 def make(ngf=128, ndf=64, lr=2e-4, device="cpu"):
     """G, D and their optimisers: Adam 2e-4, betas (0.5, 0.999), section 5."""
-    G, D = Generator(ngf).to(device, memory_format=torch.channels_last), Discriminator(ndf).to(device, memory_format=torch.channels_last)
+    G, D = (net.to(device, memory_format=torch.channels_last) for net in (Generator(ngf), Discriminator(ndf)))
     return G, D, *(torch.optim.Adam(net.parameters(), lr, betas=(0.5, 0.999)) for net in (G, D))
 
 
@@ -178,112 +178,118 @@ def train(args, state):
     import common
     import data
     torch.set_float32_matmul_precision("high")
+    cls, mix = "cls" in args.variant, "int" in args.variant
     dataset, unseen = (data.load(args.data, split, SIZE, args.root) for split in ("train", "test"))
     if state:
-        encoder = common.rebuild(state["text_encoder"]).to(args.device)
+        if args.text_encoder:
+            raise common.UserError(f"the run in {args.run} keeps its text encoder; leave --text-encoder out, or give another --run")
+        encoder, note = common.rebuild(state["text_encoder"]).to(args.device), state["text_note"]
+        print(f"text encoder: {note} (kept in {args.run / 'last.pt'})")
     else:
-        encoder = common.text_encoder("char-cnn-rnn", args.data, args.root, args.device, args.text_encoder,
-                                      args.train_text_encoder, args.image_features)
+        encoder, note = common.text_encoder("char-cnn-rnn", args.data, args.root, args.device, args.text_encoder,
+                                            image_features=args.image_features)
     sentences = common.embeddings(encoder, dataset)                                             # (captions, 1024)
-    batches = data.Batches(dataset, args.batch_size, args.seed, args.device, args.captions_per_image)
+    batches = data.Batches(dataset, args.batch_size, args.seed, args.device, args.captions_per_image, "image" if cls else None)
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = make(args.ngf, args.ndf, args.lr, args.device)
     ema = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+    parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     step, rows, total = 0, [], torch.zeros(5, device=args.device)
     if state:
-        for net, name in ((G, "G"), (D, "D"), (ema, "ema"), (opt_g, "opt_g"), (opt_d, "opt_d")):
-            net.load_state_dict(state[name])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         step, rows, total = state["step"], state["rows"], state["total"].to(args.device)
         common.random_state(state["random"])
+        if state["pictures"] != dataset.key:
+            print(f"the pictures of {args.data} are not those the run began with: it goes on with them, from step {step}")
     if args.compile:
+        torch._dynamo.config.suppress_errors = True                # what cannot be compiled runs eagerly, with a warning
         G.compile(), D.compile()
 
     # the fixed grid: unseen captions down, noises across, so that an ignored caption or noise is seen at once
-    rng = torch.Generator().manual_seed(args.seed)
     shown = [unseen.captions[unseen.first[i]] for i in torch.linspace(0, len(unseen) - 1, 8).long()]
-    grid_t = encoder.encode(shown).repeat_interleave(8, 0)
-    grid_z = torch.randn(8, NZ, generator=rng).repeat(8, 1).to(args.device)
-    cls, interpolate = "cls" in args.variant, "int" in args.variant
+    grid = noise(8, args.seed).repeat(8, 1).to(args.device), encoder.encode(shown).repeat_interleave(8, 0)
 
     def keep():
         common.save(args.run / "last.pt", {
-            "kind": "gan_cls", "format": 1, "args": {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))},
-            "step": step, "epoch": step // len(batches), "rows": rows, "total": total, "random": common.random_state(),
-            "text_encoder": encoder.state_dict(), "G": G.state_dict(), "D": D.state_dict(), "ema": ema.state_dict(),
-            "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict()})
+            "kind": "gan_cls", "args": {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}, "step": step,
+            "rows": rows, "total": total, "random": common.random_state(), "pictures": dataset.key, "text_note": note,
+            "text_encoder": encoder.state_dict(), **{name: part.state_dict() for name, part in parts.items()}})
 
     print(f"gan_cls on {args.data}: {len(dataset)} pictures, {args.variant}, ngf {args.ngf}, ndf {args.ndf}, batch {args.batch_size}, "
           f"{args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
-    with common.Stop() as stop:
-        while step < args.epochs * len(batches) and not stop.code:
-            epoch, at = divmod(step, len(batches))
+    size, last = args.batch_size, args.epochs * len(batches)
+    with common.Stop() as stop, data.Progress(last * size, "", done=step * size) as bar:
+        while step < last and not stop.code:
+            epoch = step // len(batches)
             for group in (*opt_g.param_groups, *opt_d.param_groups):
                 group["lr"] = args.lr * 0.5 ** (epoch // 100)                                   # halved every 100 epochs
-            with data.Progress((len(batches) - at) * args.batch_size, f"epoch {epoch + 1}/{args.epochs}") as bar:
-                while step < (epoch + 1) * len(batches) and not stop.code:
-                    real, wrong, captions, _ = batches(step)
-                    # released code: the mean of 4 captions' embeddings (CUB); paper: one caption; we follow the code
-                    t = sentences[captions].mean(1)
-                    t_g = torch.cat((t, halfway(t))) if interpolate else t
-                    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
-                        # one G(z, t) serves both steps, as in Algorithm 1; released code: draws anew for G's step
-                        fake = G(torch.randn(len(t_g), NZ, device=args.device), t_g)
-                        loss_d, seen = d_step(D, opt_d, real, wrong if cls else None, fake[:len(t)], t)
-                        loss_g = g_step(D, opt_g, fake, t_g)
-                    ema.update_parameters(G)
-                    total += torch.stack([loss_d, loss_g, *seen])
-                    step += 1
-                    if step % 10 == 0 or step % len(batches) == 0:
-                        now = (total / (step % len(batches) or len(batches))).tolist()
-                        if not math.isfinite(now[0] + now[1]):
-                            raise data.UserError(f"the loss is not finite at step {step} (D {now[0]}, G {now[1]}); "
-                                                 f"{args.run / 'last.pt'} holds the state before; try a smaller --lr")
-                        bar.note = "D {:.2f} G {:.2f}  D(real) {:.2f} D(wrong) {:.2f} D(fake) {:.2f}".format(*now)
-                    bar.step(args.batch_size)
-            if step % len(batches) == 0:
+            real, wrong, captions, _ = batches(step)
+            # released code: the mean of 4 captions' embeddings (CUB) or 1 caption (flowers); paper: 1; default as for CUB
+            t = sentences[captions].mean(1)
+            t_g = torch.cat((t, halfway(t))) if mix else t
+            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+                # one G(z, t) serves both steps, as in Algorithm 1; released code: draws anew for G's step
+                fake = G(torch.randn(len(t_g), NZ, device=args.device), t_g)
+                of_d = d_step(D, opt_d, real, wrong, fake[:len(t)], t)
+                loss_g = g_step(D, opt_g, fake, t_g)
+            ema.update_parameters(G)
+            total += torch.cat((loss_g[None], of_d))
+            step += 1
+            ended = step % len(batches) == 0
+            if ended or stop.code or step % 10 == 0:
+                now = (total / (step % len(batches) or len(batches))).tolist()
+                if not math.isfinite(now[0] + now[1]):
+                    raise common.UserError(f"the loss is not finite at step {step} (G {now[0]}, D {now[1]}); {args.run}/last.pt, "
+                                           f"if there, is from before; try a smaller --lr")
+                bar.note = "G {:.2f} D {:.2f}  D(real) {:.2f} D(wrong) {:.2f} D(fake) {:.2f}".format(*now)
+            bar.label = f"epoch {epoch + 1}/{args.epochs}"
+            bar.step(size)
+            if ended:
                 rows.append(dict(epoch=epoch + 1, step=step, **{k: round(v, 4) for k, v in zip(
-                    ("loss_d", "loss_g", "d_real", "d_wrong", "d_fake"), now)}))
+                    ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake"), now)}))
                 total.zero_()
-                images = draw(ema, grid_z, grid_t)
-                common.save_grid(args.run / f"epoch_{epoch + 1:04}.png", images, 8, shown)
-                common.save_log(args.run / "log.csv", rows)
                 keep()
+                common.save_grid(args.run / f"epoch_{epoch + 1:04}.png", draw(ema, *grid), 8, shown)
+                common.save_log(args.run / "log.csv", rows)
+                if step < last:
+                    bar.show()
         if stop.code:
             keep()
             print(f"saved {args.run / 'last.pt'} at step {step}; the same command continues", file=sys.stderr)
             return stop.code
     print(f"{args.epochs} epochs done: {args.run / 'last.pt'}, grids beside it; more with --epochs")
     if unseen.traits:
-        follow(args, ema, encoder, unseen)
+        follow(ema, encoder, unseen)
     return 0
+
+
+def noise(n, seed):
+    return torch.randn(n, NZ, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def draw(G, z, t, batch=64):
     """G in eval mode, in bounded memory: z (N, 100), t (N, 1024) -> (N, 3, 64, 64) in [-1, 1] on the CPU."""
     G.eval()
-    out = torch.cat([G(*pair).float().cpu() for pair in zip(z.split(batch), t.split(batch))])
-    G.train()
-    return out
+    return torch.cat([G(*pair).float().cpu() for pair in zip(z.split(batch), t.split(batch))])
 
 
-def follow(args, G, encoder, unseen):
+def follow(G, encoder, unseen):
     """Toy only: how often the petals of samples for held-out captions have the colour that the caption says."""
     import data
-    rng = torch.Generator().manual_seed(0)
-    index = torch.randperm(len(unseen), generator=rng)[:512]
+    index = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:512]
     t = encoder.encode([unseen.captions[unseen.first[i]] for i in index])
-    images = draw(G, torch.randn(len(t), NZ, generator=rng).to(t.device), t)
+    images = draw(G, noise(len(t), 0).to(t.device), t)
     right = sum(colour == unseen.traits[i]["petal"] for i, colour in zip(index, data.judge_petals(images)))
     print(f"petal colour right in {right / len(index):.0%} of {len(index)} samples for held-out captions "
           f"(chance {1 / len(data.PETALS):.0%})")
-    return right / len(index)
 
 
 # ---------------------------------------------------------------------------------------------------- sample
 
 def finished(args, state):
-    """The EMA generator and the text encoder of the run, or of the model in weights/."""
+    """The EMA generator and the text encoder of the run, or of the model in weights/; prints which."""
     import common
     from pathlib import Path
     shipped = Path(__file__).parent / "weights" / "gan_cls.pt"
@@ -291,13 +297,10 @@ def finished(args, state):
         if not shipped.exists():
             raise common.UserError(f"there is no model in {args.run} yet; train one first: python gan_cls.py --data {args.data}")
         state = common.load(shipped, "gan_cls")
+    print(f"trained on {state['args']['data']}, {state['step']} steps; text encoder: {state['text_note']}")
     G = AveragedModel(Generator(state["args"]["ngf"]), use_buffers=True)
     G.load_state_dict(state["ema"])
-    return G.to(args.device), common.rebuild(state["text_encoder"]).to(args.device), state
-
-
-def noise(n, seed):
-    return torch.randn(n, NZ, generator=torch.Generator().manual_seed(seed))
+    return G.to(args.device).eval(), common.rebuild(state["text_encoder"]).to(args.device), state
 
 
 def sample(args, state):
@@ -329,56 +332,57 @@ def interpolate(args, state):
 
 # ---------------------------------------------------------------------------------------------------- style transfer
 
-def style_encoder(args, state):
+def style_encoder(args, G, state):
     """S of a finished G, trained now if need be, and reported by the paper's measure of disentangling."""
     import common
     import data
-    G, encoder, state = finished(args, state)
-    path, S = args.run / "style.pt", StyleEncoder(state["args"]["ndf"]).to(args.device, memory_format=torch.channels_last)
-    if path.exists() and (done := common.load(path, "gan_cls style"))["step"] == state["step"]:
+    path, encoder = args.run / "style.pt", common.rebuild(state["text_encoder"]).to(args.device)
+    S = StyleEncoder(state["args"]["ndf"]).to(args.device, memory_format=torch.channels_last)
+    mark = [args.style_steps, *(p.double().sum().item() for p in G.parameters())]              # another G needs another S
+    if path.exists() and (done := common.load(path, "gan_cls style"))["mark"] == mark:
         S.load_state_dict(done["S"])
         print(done["note"])
-        return G, encoder, S
+        return S.eval()
     dataset, unseen = (data.load(state["args"]["data"], split, SIZE, args.root) for split in ("train", "test"))
     sentences, opt = common.embeddings(encoder, dataset), torch.optim.Adam(S.parameters(), 2e-4, betas=(0.5, 0.999))
     torch.manual_seed(args.seed)
-    with common.Stop() as stop, data.Progress(args.style_steps * 64, "style encoder") as bar:
-        for _ in range(args.style_steps):
+    with data.Progress(args.style_steps * 64, "style encoder") as bar:
+        for step in range(args.style_steps):
             z, t = torch.randn(64, NZ, device=args.device), sentences[torch.randint(len(sentences), (64,), device=args.device)]
-            loss = style_loss(S, z, draw(G, z, t).to(args.device))
+            with torch.no_grad():
+                fake = G(z, t)
+            loss = style_loss(S, z, fake)
             opt.zero_grad()
             loss.backward()
             opt.step()
-            bar.step(64, f"loss {loss.item() / NZ:.3f} a dimension")
-            if stop.code:
-                raise KeyboardInterrupt
+            bar.step(64, f"loss {loss.item() / NZ:.3f} a dimension" if step % 10 == 0 else None)
     note = style_report(S.eval(), G, sentences, unseen, args.device)
-    common.save(path, {"kind": "gan_cls style", "S": S.state_dict(), "step": state["step"], "note": note})
+    common.save(path, {"kind": "gan_cls style", "S": S.state_dict(), "mark": mark, "note": note})
     print(note)
-    return G, encoder, S
+    return S
 
 
 @torch.no_grad()
 def style_report(S, G, sentences, unseen, device):
-    """ROC AUC of the cosine of S over same-style against different-style pairs (section 5.3), on drawn pictures, where
+    """ROC AUC of the cosine of S over same-style against different-style pairs (section 5.2), on drawn pictures, where
     the style is known to be z, and on unseen real ones, whose style is the k-means cluster of their background colour."""
     rng = torch.Generator().manual_seed(0)
-    z, pick = torch.randn(1000, NZ, generator=rng).to(device), torch.randint(len(sentences), (2, 1000), generator=rng)
+    z, pick = noise(1000, 0).to(device), torch.randint(len(sentences), (2, 1000), generator=rng)
     a, b = (S(draw(G, z, sentences[i.to(device)]).to(device)) for i in pick)
     drawn = auc(F.cosine_similarity(a, b), F.cosine_similarity(a, b.roll(1, 0)))
-    images = torch.cat([unseen.centre(i) for i in torch.arange(min(len(unseen), 2000)).split(64)])
+    images = unseen.centre(torch.arange(min(len(unseen), 2000)))
     s = F.normalize(torch.cat([S(x.to(device)) for x in images.split(64)]).cpu())
-    border = torch.cat((images[..., :6, :].flatten(2), images[..., -6:, :].flatten(2),
-                        images[..., :6].flatten(2), images[..., -6:].flatten(2)), 2).mean(2)                # (N, 3)
+    inside = F.pad(torch.zeros(SIZE - 12, SIZE - 12, dtype=torch.bool), (6, 6, 6, 6), value=True)
+    border = images[..., inside].mean(2)                                                        # (N, 3), outer 6 pixels
     centres = border[torch.randperm(len(border), generator=rng)[:min(100, len(border) // 10 + 1)]]  # paper: 100 clusters
     for _ in range(20):
         cluster = torch.cdist(border, centres).argmin(1)
         member = F.one_hot(cluster, len(centres)).float()
         centres = torch.where(member.sum(0)[:, None] > 0, member.T @ border / member.sum(0)[:, None].clamp(min=1), centres)
     pair = torch.triu_indices(len(s), len(s), 1)
-    same, cosine = cluster[pair[0]] == cluster[pair[1]], (s[pair[0]] * s[pair[1]]).sum(1)
-    real = auc(cosine[same], cosine[~same])
-    return f"style encoder, ROC AUC of same against different style: {drawn:.3f} drawn (same z), {real:.3f} real (background colour)"
+    same, cosine = cluster[pair[0]] == cluster[pair[1]], (s @ s.T)[pair[0], pair[1]]
+    real = f"{auc(cosine[same], cosine[~same]):.3f}" if 0 < same.sum() < len(same) else "not measurable,"
+    return f"style encoder, ROC AUC of same against different style: {drawn:.3f} drawn (same z), {real} real (background colour)"
 
 
 def auc(positive, negative):
@@ -395,42 +399,44 @@ def style_transfer(args, state):
     from pathlib import Path
     array = data.decode(data.Picture(Path(args.style), [], 0), SIZE)
     if array is None:
-        raise data.UserError(f"{args.style} is no picture that can be read; --style takes a photo")
-    G, encoder, S = style_encoder(args, state)
-    photo = torch.from_numpy(array.copy())[None].float() / 127.5 - 1
+        raise common.UserError(f"{args.style} is no picture that can be read; --style takes a photo")
+    G, encoder, state = finished(args, state)
     t = encoder.ask(args.sample)
+    photo = torch.from_numpy(array.copy())[None].float() / 127.5 - 1
+    S = style_encoder(args, G, state)
     with torch.no_grad():
-        z = S.eval()(photo.to(args.device)).expand(len(t), -1)
+        z = S(photo.to(args.device)).expand(len(t), -1)
     print(common.save_grid(args.run / f"style-{Path(args.style).stem}-{common.slug(args.sample)}.png",
                            torch.cat((photo, draw(G, z, t))), len(t) + 1, args.sample))
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
-TOY = dict(epochs=12, ngf=24, ndf=24, batch_size=32, lr=5e-4, ema=0.99)       # so that a CPU is enough
+TOY = dict(epochs=14, ngf=20, ndf=20, batch_size=16, captions_per_image=1, ema=0.99)    # so that a CPU is enough
 FIXED = ("data", "variant", "ngf", "ndf", "batch_size", "lr", "ema", "captions_per_image", "seed")   # what a run is
 
 
 def main(argv=None):
     import common
+    from common import number
     p = argparse.ArgumentParser(prog="gan_cls.py", description=__doc__.split("\n")[0],
                                 epilog=f"Toy data has small defaults of its own: {TOY}.")
     p.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder of pictures and captions (default: toy)")
     p.add_argument("--root", default="datasets", help="folder that holds the named data sets (default: datasets)")
     p.add_argument("--run", help="folder of the run (default: runs/gan_cls-<data>)")
     p.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    p.add_argument("--seed", type=number(int, 0), default=0)
     g = p.add_argument_group("training; the same command again continues")
     g.add_argument("--variant", choices=["gan", "cls", "int", "int-cls"], default="int-cls", help="default: int-cls, the paper's best")
-    g.add_argument("--epochs", type=int, default=600, help="default: 600 (section 5)")
-    g.add_argument("--batch-size", type=int, default=64, help="default: 64 (section 5)")
-    g.add_argument("--lr", type=float, default=2e-4, help="default: 0.0002, halved every 100 epochs (section 5)")
-    g.add_argument("--ngf", type=int, default=128, help="width of G (default: 128, released code)")
-    g.add_argument("--ndf", type=int, default=64, help="width of D (default: 64, released code)")
-    g.add_argument("--captions-per-image", type=int, default=4, help="captions averaged (default: 4, released code for CUB)")
-    g.add_argument("--ema", type=float, default=0.999, help="decay of G's average, which draws the samples (default: 0.999; not in the paper)")
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--epochs", type=number(int, 1), default=600, help="default: 600 (section 5)")
+    g.add_argument("--batch-size", type=number(int, 2), default=64, help="default: 64 (section 5)")
+    g.add_argument("--lr", type=number(float, 0, 1), default=2e-4, help="default: 0.0002 (section 5), halved every 100 epochs (released code)")
+    g.add_argument("--ngf", type=number(int, 1), default=128, help="width of G (default: 128, released code)")
+    g.add_argument("--ndf", type=number(int, 1), default=64, help="width of D (default: 64, released code)")
+    g.add_argument("--captions-per-image", type=number(int, 1), default=4, help="captions averaged (default: 4, released code for CUB)")
+    g.add_argument("--ema", type=number(float, 0, 1), default=0.999,
+                   help="decay of G's average, which draws the samples (default: 0.999; not in the paper)")
     g.add_argument("--text-encoder", metavar="FILE", help="encoder.pt or released state dict (default: the one trained here)")
-    g.add_argument("--train-text-encoder", action="store_true", help="train it here even where a published one exists")
     g.add_argument("--image-features", choices=["inception", "small"], help="image side of its training (default: inception; toy small)")
     g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: on CUDA)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
@@ -438,25 +444,16 @@ def main(argv=None):
     g.add_argument("--sample", nargs="+", metavar="CAPTION", help="a grid, one row a caption")
     g.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="from caption A to B at fixed noises")
     g.add_argument("--noise", action="store_true", help="with --interpolate: the noise moves, the captions stay")
-    g.add_argument("--columns", type=int, default=8, help="pictures a row (default: 8)")
+    g.add_argument("--columns", type=number(int, 1), default=8, help="pictures a row (default: 8)")
     g.add_argument("--style", metavar="PHOTO", help="with --sample: draw the captions in the style of a photo (section 4.4)")
-    g.add_argument("--style-steps", type=int, default=2000, help="steps that train the style encoder (default: 2000)")
-    args, given = common.parse(p, argv)
-    if args.batch_size < 2:
-        raise common.UserError("--batch-size must be at least 2: batch norm needs it")
-    state = common.settle(p, args, given, TOY, () if args.sample or args.interpolate else FIXED)
-    for flag in ("bf16", "compile"):
-        if getattr(args, flag) is None:
-            setattr(args, flag, args.device.startswith("cuda"))
-    if args.style:
-        if not args.sample:
-            raise common.UserError("--style needs captions to draw: add --sample \"...\"")
-        return style_transfer(args, state)
-    if args.sample:
-        return sample(args, state)
-    if args.interpolate:
-        return interpolate(args, state)
-    return train(args, state)
+    g.add_argument("--style-steps", type=number(int, 1), default=2000, help="steps that train the style encoder (default: 2000)")
+    args, state = common.parse(p, TOY, FIXED, argv)
+    on_gpu = args.device.startswith("cuda")
+    args.bf16, args.compile = (on_gpu if flag is None else flag for flag in (args.bf16, args.compile))
+    if args.style and not args.sample:
+        raise common.UserError("--style needs captions to draw: add --sample \"...\"")
+    does = style_transfer if args.style else sample if args.sample else interpolate if args.interpolate else train
+    return does(args, state)
 
 
 if __name__ == "__main__":

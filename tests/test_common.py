@@ -289,37 +289,68 @@ def test_published_damsm_is_the_default_of_cub(tmp_path, monkeypatch, capsys):
         pathlib.Path(path).write_bytes(pathlib.Path(url[7:]).read_bytes())
         return download(url, path, sha256=sha256)
     monkeypatch.setattr(data, "download", copy)
-    assert len(common.text_encoder("damsm", "cub", tmp_path, "cpu").number) == 50
+    assert len(common.text_encoder("damsm", "cub", tmp_path, "cpu")[0].number) == 50
     assert capsys.readouterr().out.startswith("text encoder: published DAMSM encoder of cub, file://")
     # where it cannot be had, or has another checksum, one is trained here and the line says so
     monkeypatch.setitem(common.PUBLISHED, "cub", [(*table[0][:2], "0" * 64)])
     trained = []
     monkeypatch.setattr(common, "train_text_encoder", lambda kind, name, root, device, path, **_: trained.append(kind) or common.save(
-        path, {"kind": "text encoder", "encoder": common.Damsm(["<end>", "a"]).state_dict(), "note": "trained here"}))
+        path, {"kind": "text encoder", "encoder": common.Damsm(["<end>", "a"]).state_dict(), "note": "trained here",
+               "about": {"data": "cub"}}))
     common.text_encoder("damsm", "cub", tmp_path, "cpu")
     out = capsys.readouterr().out
-    assert trained == ["damsm"] and "no published encoder" in out and "checksum" in out and "text encoder: trained here" in out
+    assert trained == ["damsm"] and "no published encoder" in out and "published sha256" in out and "text encoder: trained here" in out
 
 
 def test_encoders_are_trained_and_reported(tmp_path):
-    """The real command, a few batches long, on toy; an interrupted one continues; the result is loaded, not trained again."""
+    """The real command, a few batches long, on toy: it prints its retrieval; a finished encoder is not trained over."""
     for kind in ("char-cnn-rnn", "damsm"):
-        done = run(ROOT / "common.py", "--encoder", kind, "--data", "toy", "--iterations", 3, cwd=tmp_path)
+        command = ROOT / "common.py", "--encoder", kind, "--data", "toy", "--iterations", 3
+        done = run(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "image side a small network trained along" in done.stdout
         assert "3 iterations" in done.stdout and "chance 3.1%" in done.stdout
-        again = run(ROOT / "common.py", "--encoder", kind, "--data", "toy", "--iterations", 5, cwd=tmp_path)
-        assert "5 iterations" in again.stdout
         encoder, note = common.read_encoder(tmp_path / "runs" / f"{kind}-toy" / "encoder.pt")
         assert kind in note and encoder.encode(["a pink flower"]).isfinite().all()
+    again = run(*command, cwd=tmp_path)
+    assert again.returncode == 2 and "is finished; remove it to train anew" in again.stderr
+
+
+def colours(folder):
+    from PIL import Image
+    for i, (name, colour) in enumerate(dict(red=(250, 0, 0), green=(0, 250, 0), blue=(0, 0, 250), white=(250,) * 3).items()):
+        Image.new("RGB", (80, 80), colour).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"it is {name}\n")
+
+
+@pytest.mark.parametrize("kind", ["char-cnn-rnn", "damsm"])
+def test_an_interrupted_training_continues_to_the_same_encoder(tmp_path, monkeypatch, kind):
+    colours(tmp_path)
+    train = lambda path, **how: common.train_text_encoder(kind, str(tmp_path), ".", "cpu", path, 6, "small", **how)
+    train(tmp_path / "straight.pt")
+    step, steps = torch.optim.Adam.step, []
+
+    def interrupted(self, *rest):
+        steps.append(1)
+        if len(steps) == 3:
+            import os, signal
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *rest)
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        train(tmp_path / "resumed.pt")
+    with pytest.raises(data.UserError, match="is not trained to the end"):
+        common.read_encoder(tmp_path / "resumed.pt")
+    with pytest.raises(data.UserError, match="of other pictures or settings"):
+        train(tmp_path / "resumed.pt", seed=1)
+    train(tmp_path / "resumed.pt")
+    a, b = (common.load(tmp_path / f"{name}.pt", "text encoder")["encoder"] for name in ("straight", "resumed"))
+    assert all(torch.equal(a[k], b[k]) for k in a if k != "_extra_state")
 
 
 def test_training_lowers_the_losses(tmp_path, capsys):
     """Both encoders learn to tell four captions apart on a folder of four colours."""
-    from PIL import Image
-    for i, (name, colour) in enumerate(dict(red=(250, 0, 0), green=(0, 250, 0), blue=(0, 0, 250), white=(250,) * 3).items()):
-        Image.new("RGB", (80, 80), colour).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(f"it is {name}\n")
+    colours(tmp_path)
     for kind in ("char-cnn-rnn", "damsm"):
         note = common.train_text_encoder(kind, str(tmp_path), ".", "cpu", tmp_path / f"{kind}.pt", 60, "small")
         assert "caption to class 100.0%, picture to class 100.0%, chance 25.0%" in note, note

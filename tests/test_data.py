@@ -140,6 +140,29 @@ def test_folder_without_classes_and_with_one(tmp_path):
     assert data.load(str(folder(tmp_path / "one", 5, classes=1)), size=32).classes.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_one_bad_held_out_picture_does_not_stop_a_folder_of_twenty(tmp_path):
+    own = folder(tmp_path / "own", 21)
+    (own / "class1" / "9.txt").unlink()
+    (own / "class0" / "18.jpg").write_bytes(b"broken")
+    assert len(data.load(str(own), "train", 32)) + len(data.load(str(own), "test", 32)) == 19
+
+
+def test_one_folder_by_any_spelling_is_one_store(tmp_path, monkeypatch):
+    folder(tmp_path / "own", 6)
+    keys = {data.load(spelling, size=32).key for spelling in ("own", "./own", str(tmp_path / "own"))}
+    assert len(keys) == 1 and len(list(data.CACHE.glob("*.u8"))) == 1
+
+
+def test_what_dead_processes_left_is_swept(tmp_path):
+    own = str(folder(tmp_path / "own", 6))
+    data.load(own, size=32)
+    store = next(data.CACHE.glob("*.u8"))
+    dead, alive = (store.with_name(f"{store.name}.part{pid}") for pid in (2**22 + 1, 1))
+    dead.write_text("half"), alive.write_text("somebody's"), store.unlink()
+    data.load(own, size=32)
+    assert not dead.exists() and alive.exists()
+
+
 def test_folder_holds_out_every_tenth(tmp_path):
     own = str(folder(tmp_path / "own", 40))
     train, test = (data.load(own, split, 32) for split in ("train", "test"))
@@ -241,6 +264,29 @@ def test_memory_does_not_grow_with_the_pictures(tmp_path):
                           for n in (500, 3500)))
     assert stored[1] - stored[0] > 800_000                         # 3,000 more pictures are 830 MB of store ...
     assert grown[1] - grown[0] < 100_000                           # ... and under 100 MB of memory
+
+
+def test_start_up_grows_in_proportion(tmp_path, monkeypatch):
+    """What a ready store costs to open again: for each picture its caption file, its size and time, and no decoding."""
+    monkeypatch.setattr(data, "decode", lambda picture, side: np.zeros((3, side, side), np.uint8))
+    calls = []
+    for n in (40, 80):
+        own = folder(tmp_path / f"own{n}", n)
+        data.load(str(own), size=32)
+        opened, read = [], data.read_captions
+        with monkeypatch.context() as m:
+            m.setattr(data, "read_captions", lambda path: opened.append(path) or read(path))
+            m.setattr(data, "decode", None)
+            data.load(str(own), size=32)
+        calls.append(len(opened))
+    assert calls == [40, 80]
+
+
+def test_a_store_larger_than_memory_can_be_mapped(tmp_path):
+    """A sparse file of a terabyte: a private mapping would be refused."""
+    with open(tmp_path / "big.u8", "wb") as file:
+        file.truncate(2**40)
+    assert data.mapped(tmp_path / "big.u8", (2**20, 2**20))[2**19, 5] == 0
 
 
 def shared_root():
@@ -396,24 +442,30 @@ def test_cub_is_downloaded_and_resumed(server, monkeypatch, tmp_path):
     check_resumed(server)
 
 
-def test_flowers_is_downloaded_and_asks_for_its_captions(server, monkeypatch, tmp_path):
+def test_flowers_is_downloaded_and_asks_for_its_captions_first(server, monkeypatch, tmp_path):
     serve(server, monkeypatch, "flowers", {"102flowers.tgz": tarred({f"jpg/image_{i:05}.jpg": jpeg() for i in range(1, 7)})})
-    server.cut = {"102flowers.tgz"}
-    with pytest.raises(data.UserError, match="broke off"):
-        data.load("flowers", "train", 32, tmp_path)
     with pytest.raises(data.UserError, match="drive.google.com.*cvpr2016_flowers.tar.gz into"):
         data.load("flowers", "train", 32, tmp_path)
-    check_resumed(server)
+    assert not server.asked
     captions = {f"cvpr2016_flowers/text_c10/class_{20 + i % 2:05}/image_{i:05}.txt": b"a flower\n" for i in range(1, 7)}
+    (tmp_path / "flowers").mkdir()
     (tmp_path / "flowers" / "cvpr2016_flowers.tar.gz").write_bytes(tarred(captions))
-    assert [len(data.load("flowers", split, 32, tmp_path)) for split in ("train", "test")] == [3, 3]
+    assert [len(d) for d in load_with_interruptions(server, "flowers", tmp_path)] == [3, 3]
+    check_resumed(server)
+
+
+def test_a_folder_that_is_no_archive_is_named(tmp_path):
+    (tmp_path / "cub" / "CUB_200_2011").mkdir(parents=True)
+    (tmp_path / "cub" / "text").mkdir()
+    with pytest.raises(data.UserError, match="cub is not laid out as cub should be.*images.txt"):
+        data.load("cub", "train", 32, tmp_path)
 
 
 def test_wrong_checksum_is_refused(server, tmp_path):
     server.files = {"a.zip": b"not what was published"}
-    with pytest.raises(data.UserError, match="checksum"):
+    with pytest.raises(data.UserError, match="has not the published md5"):
         data.download(server.url + "a.zip", tmp_path / "a.zip", md5="0" * 32)
-    assert not list(tmp_path.glob("a.zip*"))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zip.bad"]   # kept: it may have been put there by hand
 
 
 def test_missing_page_says_where_to_put_the_file(server, tmp_path):
@@ -433,9 +485,25 @@ def test_archives_never_write_outside(tmp_path, name):
         (home / "jpg").rmdir()
 
 
-def test_damaged_archive_is_named(tmp_path):
-    whole = tarred({"jpg/a.jpg": np.random.default_rng(0).bytes(50000)})
-    (tmp_path / "a.tgz").write_bytes(whole[:20000])
-    with pytest.raises(data.UserError, match="could not be unpacked"):
-        data.extract(tmp_path / "a.tgz", tmp_path, "jpg")
-    assert not (tmp_path / "jpg").exists()
+def test_damaged_archives_are_named_and_leave_nothing(tmp_path):
+    """Cut short, and with one bit turned at 40 places: refused, or unpacked whole; never in part."""
+    rng = np.random.default_rng(0)
+    files = {f"jpg/{i}.jpg": rng.bytes(3000) for i in range(5)}
+    for name, make in (("a.tgz", tarred), ("a.zip", zipped)):
+        whole, refused = make(files), 0
+        for k in range(41):
+            damaged = bytearray(whole[:9000] if k == 40 else whole)
+            damaged[int(rng.integers(len(damaged)))] ^= 1 << int(rng.integers(8))
+            (tmp_path / name).write_bytes(damaged)
+            try:
+                data.extract(tmp_path / name, tmp_path, "jpg")
+            except data.UserError as error:
+                assert "remove it and run" in str(error)
+                refused += 1
+                assert not (tmp_path / "jpg").exists()
+            else:
+                import shutil
+                got = {f"jpg/{p.name}": p.read_bytes() for p in (tmp_path / "jpg").iterdir()}
+                assert name == "a.zip" and len(got) <= 5 or got == files
+                shutil.rmtree(tmp_path / "jpg")
+        assert refused > 30

@@ -108,7 +108,7 @@ def test_steps_minimise_what_they_say(variant):
     grads = torch.autograd.grad(expect, weights)
     before_g = [p.clone() for p in G.parameters()]
     want = [adam(p.detach(), g) for p, g in zip(weights, grads)]
-    loss, seen = gan_cls.d_step(D, opt_d, real, wrong if "cls" in variant else None, fake[:6], t)
+    loss, *seen = gan_cls.d_step(D, opt_d, real, wrong if "cls" in variant else None, fake[:6], t)
     assert loss.item() == pytest.approx(expect.item(), rel=1e-5)
     assert seen[0].item() == pytest.approx(s[0].sigmoid().mean().item(), rel=1e-5)
     assert seen[1].isnan() == ("cls" not in variant)
@@ -142,7 +142,7 @@ import torch, gan_cls
 G, D, opt_g, opt_d = gan_cls.make(8, 8)
 t, real, wrong = torch.randn(4, 1024), torch.randn(4, 3, 64, 64), torch.randn(4, 3, 64, 64)
 fake = G(torch.randn(4, 100), t)
-loss_d, seen = gan_cls.d_step(D, opt_d, real, wrong, fake, t)
+loss_d = gan_cls.d_step(D, opt_d, real, wrong, fake, t)[0]
 loss_g = gan_cls.g_step(D, opt_g, fake, t)
 assert torch.isfinite(loss_d + loss_g)
 print('both steps ran')
@@ -229,6 +229,8 @@ def test_stopped_in_the_middle_it_saves_and_continues(home, number, code):
 
 def test_a_contradicting_flag_names_both_values(home):
     train(home, "flags", 1)
+    done = train(home, "flags", 2, "--text-encoder", "x.pt")
+    assert done.returncode == 2 and "keeps its text encoder" in done.stderr
     done = train(home, "flags", 2, "--variant", "gan")
     assert done.returncode == 2 and "--variant gan contradicts the run in flags, which has int-cls" in done.stderr
     done = run(SCRIPT, "--data", "own", "--run", "flags", "--epochs", 2, "--device", "cpu", cwd=home)      # widths from the checkpoint
@@ -253,7 +255,7 @@ def test_compiled_steps_equal_eager_ones():
         if compiled:
             G.compile(backend="aot_eager", fullgraph=True), D.compile(backend="aot_eager", fullgraph=True)
         fake = G(torch.randn(6, 100, generator=torch.Generator().manual_seed(0)), t)
-        results.append((gan_cls.d_step(D, opt_d, real, wrong, fake, t)[0], gan_cls.g_step(D, opt_g, fake, t)))
+        results.append((gan_cls.d_step(D, opt_d, real, wrong, fake, t), gan_cls.g_step(D, opt_g, fake, t)))
         assert not any(name.startswith("_orig_mod") for name in G.state_dict())
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
@@ -270,6 +272,7 @@ def test_sample_interpolate_and_style(home):
     done = use("--sample", "a red picture", "it is blue", "--columns", 5)
     assert done.returncode == 0, done.stderr
     path = home / done.stdout.split()[-1]
+    assert "text encoder: char-cnn-rnn trained here on" in done.stdout
     with Image.open(path) as image:
         assert image.size == (5 * 66 + 2, 2 * 66 + 2)
     assert path.with_suffix(".txt").read_text() == "a red picture\nit is blue\n"
@@ -286,6 +289,9 @@ def test_sample_interpolate_and_style(home):
     assert "ROC AUC of same against different style" in done.stdout
     with Image.open(home / done.stdout.split()[-1]) as image:
         assert image.size == (3 * 66 + 2, 66 + 2)                  # the photo, then a picture for each caption
+    train(home, "use", 2)                                          # another G: another S
+    assert "style encoder [" in use("--style", "own/red/0.png", "--sample", "it is blue", "--style-steps", 2).stderr
+    assert "style encoder [" not in use("--style", "own/red/0.png", "--sample", "it is red", "--style-steps", 2).stderr
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -294,7 +300,11 @@ def test_sample_interpolate_and_style(home):
     (("--data", "own", "--style", "own/red/0.png"), "add --sample"),
     (("--data", "own", "--run", "x", "--style", "none.jpg", "--sample", "a"), "is no picture that can be read"),
     (("--data", "own", "--text-encoder", "none.pt"), "none.pt does not exist"),
-    (("--data", "own", "--batch-size", "1"), "must be at least 2"),
+    (("--data", "own", "--batch-size", "1"), "1 is not between 2 and"),
+    (("--data", "own", "--lr", "-1"), "-1 is not between 0 and 1"),
+    (("--data", "own", "--columns", "0"), "0 is not between 1 and"),
+    (("--data", "own", "--seed", "99999999999999"), "is not between 0 and"),
+    (("--data", "own", "--device", "cuda:77"), "--device cuda:77 is not to be had here"),
     (("--data", "own", "--epoch", "x"), "invalid int value"),
     (("--dta", "own"), "unrecognized arguments"),
 ])
