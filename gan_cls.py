@@ -192,7 +192,7 @@ def train(args, state):
     batches = data.Batches(dataset, args.batch_size, args.seed, args.device, args.captions_per_image, "image" if cls else None)
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = make(args.ngf, args.ndf, args.lr, args.device)
-    ema = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+    ema = AveragedModel(G, use_buffers=True)
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     step, rows, total = 0, [], torch.zeros(5, device=args.device)
     if state:
@@ -233,6 +233,8 @@ def train(args, state):
                 fake = G(torch.randn(len(t_g), NZ, device=args.device), t_g)
                 of_d = d_step(D, opt_d, real, wrong, fake[:len(t)], t)
                 loss_g = g_step(D, opt_g, fake, t_g)
+            # the average of as many steps as there were, up to 1 / (1 - ema): else G's first weights blur it for epochs
+            ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
             ema.update_parameters(G)
             total += torch.cat((loss_g[None], of_d))
             step += 1
