@@ -520,12 +520,11 @@ class Batches:
 
     def look(self, index, rng):
         """A random crop of each picture, every other one mirrored, gathered in one go: (B, 3, S, S) in [-1, 1]."""
-        n, d = len(index), self.crops.device
-        y, x = torch.randint(self.crops.shape[2], (2, n), generator=rng)
-        flip = torch.rand(n, generator=rng) < 0.5
+        d = self.crops.device
+        y, x = torch.randint(self.crops.shape[2], (2, len(index)), generator=rng)
         crops = self.crops[index.to(d), :, y.to(d), x.to(d)].to(self.device)
-        crops = torch.where(flip.to(self.device)[:, None, None, None], crops.flip(3), crops)
-        return crops.float().div_(127.5).sub_(1)
+        crops[1::2] = crops[1::2].flip(3)                        # the order is random: each is mirrored half of the time
+        return torch.add(torch.tensor(-1.0, device=self.device), crops, alpha=1 / 127.5)      # one pass from uint8 to [-1, 1]
 
     def say(self, index, rng):
         """k captions of each picture, different ones while it has as many: (B, k)."""
@@ -546,8 +545,7 @@ class Batches:
         order = order.repeat(-(-self.batch_size // len(order)))              # fewer pictures than a batch: repeat
         index = order[at * self.batch_size:(at + 1) * self.batch_size]
         rng = torch.Generator().manual_seed((self.seed * 2**20 + step) ^ 0x5DEECE66D)
-        wrong = None
-        if self.wrong:
-            other = self.another(index, rng)
-            wrong = self.look(other, rng) if self.wrong == "image" else self.say(other, rng).to(self.device)
-        return Batch(self.look(index, rng), wrong, self.say(index, rng).to(self.device), self.data.classes[index].to(self.device))
+        other = self.another(index, rng)
+        images = self.look(torch.cat((index, other)) if self.wrong == "image" else index, rng).split(self.batch_size)
+        wrong = images[1] if self.wrong == "image" else self.say(other, rng).to(self.device) if self.wrong else None
+        return Batch(images[0], wrong, self.say(index, rng).to(self.device), self.data.classes[index].to(self.device))

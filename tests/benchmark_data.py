@@ -8,6 +8,7 @@ import argparse
 import os
 import random
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -50,33 +51,34 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument("--data", default="flowers")
     p.add_argument("--root", default="../shared/data")
-    p.add_argument("--batches", type=int, default=100)
+    p.add_argument("--rounds", type=int, default=7)
     a = p.parse_args()
     before = resident()[0]
     start = time.perf_counter()
     dataset = data.load(a.data, "train", 64, a.root)
     ready = time.perf_counter() - start
-    ours = data.Batches(dataset, 64)
+    ours, step = data.Batches(dataset, 64), 0
     ours(0)
-    times = {}
-    start = time.perf_counter()
-    for step in range(a.batches):
-        ours(step)
-    times["ours"] = 128 * a.batches / (time.perf_counter() - start)
-    ours_memory = resident()[0] - before
-    loader = iter(torch.utils.data.DataLoader(Plain(dataset), 64, shuffle=True, num_workers=2, drop_last=True))
-    next(loader)
-    plain = min(a.batches, len(dataset) // 64 - 1)
-    start = time.perf_counter()
-    for _ in range(plain):
+    mine, theirs = [], []
+    for _ in range(a.rounds):                                      # in turn, so that both meet the same machine
+        start = time.perf_counter()
+        for step in range(step, step + 100):
+            ours(step)
+        mine.append(128 * 100 / (time.perf_counter() - start))
+        memory = resident()[0] - before
+        loader = iter(torch.utils.data.DataLoader(Plain(dataset), 64, shuffle=True, num_workers=2, drop_last=True))
         next(loader)
-    times["plain"] = 128 * plain / (time.perf_counter() - start)
-    del loader
+        start = time.perf_counter()
+        for _ in range(20):
+            next(loader)
+        theirs.append(128 * 20 / (time.perf_counter() - start))
+        del loader
+    mine, theirs = (statistics.median(times) for times in (mine, theirs))
     store = dataset.images.numel() / 2**20
     print(f"{a.data}: {len(dataset)} pictures, store {store:.0f} MB, ready in {ready:.1f} s")
-    print(f"data.Batches          {times['ours']:8.0f} images/s, {ours_memory:.0f} MB resident (mapped pages of the store included)")
-    print(f"PIL DataLoader        {times['plain']:8.0f} images/s with 2 workers, {resident()[1]:.0f} MB resident in the larger worker")
-    print(f"ratio                 {times['ours'] / times['plain']:8.1f}")
+    print(f"data.Batches          {mine:8.0f} images/s, {memory:.0f} MB resident (mapped pages of the store included)")
+    print(f"PIL DataLoader        {theirs:8.0f} images/s with 2 workers, {resident()[1]:.0f} MB resident in the larger worker")
+    print(f"ratio                 {mine / theirs:8.1f}  (medians of {a.rounds} rounds)")
 
 
 if __name__ == "__main__":
