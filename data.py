@@ -524,7 +524,7 @@ class Batches:
         y, x = torch.randint(self.crops.shape[2], (2, len(index)), generator=rng)
         crops = self.crops[index.to(d), :, y.to(d), x.to(d)].to(self.device)
         crops[1::2] = crops[1::2].flip(3)                        # the order is random: each is mirrored half of the time
-        return torch.add(torch.tensor(-1.0, device=self.device), crops, alpha=1 / 127.5)      # one pass from uint8 to [-1, 1]
+        return crops.float().div_(127.5).sub_(1)
 
     def say(self, index, rng):
         """k captions of each picture, different ones while it has as many: (B, k)."""
@@ -536,7 +536,7 @@ class Batches:
     def another(self, index, rng):
         """A picture of another class for each, uniform over all of them."""
         label = self.data.classes[index]
-        draw = (torch.rand(len(index), generator=rng) * (len(self.data) - self.count[label])).long()
+        draw = (torch.rand(len(index), generator=rng, dtype=torch.double) * (len(self.data) - self.count[label])).long()
         return self.by_class[draw + self.count[label] * (draw >= self.start[label])]
 
     def __call__(self, step):
