@@ -323,6 +323,13 @@ def test_cub_is_cropped_to_the_enlarged_box():
         assert np.abs(data.decode(p, 76).transpose(1, 2, 0).astype(int) - plain).mean() < 2
 
 
+def test_birds_as_a_folder_of_ones_own():
+    root = shared("data", "birds")
+    train, test = (data.load(str(root), split, 64, cache="cache") for split in ("train", "test"))
+    assert (len(train), len(test)) == (5591, 621) and int(train.classes.max()) + 1 == 106
+    assert len(train.captions) == 55910 and not [f for f in root.rglob("*.u8")]
+
+
 def test_cub_test_classes_are_the_published_fifty():
     names = shared("reference", "lists", "cub_test_classes.txt").read_text().split()
     assert data.CUB_TEST == {int(n[:3]) for n in names} and len(data.CUB_TEST) == 50
