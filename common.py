@@ -153,7 +153,7 @@ def slug(captions):
 def save_log(path, rows):
     """Rows, dicts of one set of keys, as csv. The checkpoint keeps the rows, so a resumed log has no gap and no double."""
     with data.writing(path) as part:
-        part.write_text("\n".join(",".join(map(str, line)) for line in [rows[0], *(r.values() for r in rows)]) + "\n")
+        part.write_text("\n".join(",".join(map(str, line)) for line in [rows[0], *([r[k] for k in rows[0]] for r in rows)]) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------- text encoders
