@@ -8,6 +8,7 @@ damsm         Xu et al., "AttnGAN", CVPR 2018, section 3.2: bi-LSTM, 256-d words
 A model script trains the one it needs by itself where none is found. Encoders lie in runs/<encoder>-<data>/encoder.pt.
 """
 import argparse
+import copy
 import hashlib
 import math
 import os
@@ -91,14 +92,19 @@ def random_state(state=None):
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
-def parse(parser, toy, fixed, argv=None):
+def plain(args):
+    """Those of the flags that a checkpoint keeps: numbers, words, truths and None."""
+    return {name: value for name, value in vars(args).items() if value is None or isinstance(value, (int, float, str))}
+
+
+def parse(parser, toy, fixed, argv=None, begin=None):
     """The flags, and the checkpoint of their run (None for a new one). Each flag is what the command line gives, else what
     the checkpoint has, else toy's default, else the paper's. fixed: names that belong to a run; a flag that contradicts
-    the checkpoint is an error."""
+    the checkpoint is an error. begin: makes a checkpoint of the flags where a new run is given --init."""
     script = parser.prog.removesuffix(".py")
     first, _ = parser.parse_known_args(argv)
     run = Path(first.run or f"runs/{script}-{Path(first.data).resolve().name}")
-    state = load(run / "last.pt", script) if (run / "last.pt").exists() else None
+    state = load(run / "last.pt", script) if (run / "last.pt").exists() else begin(first) if begin and first.init else None
     if first.data == "toy":
         parser.set_defaults(**toy)
     if state:
@@ -110,7 +116,25 @@ def parse(parser, toy, fixed, argv=None):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the run in {run}, which has "
                             f"{state['args'][name]}; leave the flag out, or give another --run")
     args.device = device(args.device)
+    on_gpu = args.device.startswith("cuda")
+    args.bf16, args.compile = (on_gpu if flag is None else flag for flag in (args.bf16, args.compile))
     return args, state
+
+
+def compiled(functions, step, parts):
+    """torch.compile of functions, tried in one training step(*functions), forward and backward, whose traces in parts
+    (networks, optimisers) and random numbers are undone. Where that fails: the functions as they are, and one printed line."""
+    before, random = copy.deepcopy({name: part.state_dict() for name, part in parts.items()}), random_state()
+    try:
+        fast = [torch.compile(f) for f in functions]
+        step(*fast)
+        functions = fast
+    except Exception as error:     # no C++ compiler, no Triton, a graph it cannot take: errors of every kind
+        print(f"torch.compile does not work here ({type(error).__name__}: {' '.join(str(error).split())[:100]}); going on without it")
+    for name, part in parts.items():
+        part.load_state_dict(before[name])
+    random_state(random)
+    return functions
 
 
 def device(name):
@@ -143,6 +167,23 @@ def save_grid(path, images, columns, captions=()):
     if captions:
         path.with_suffix(".txt").write_text("".join(f"{c}\n" for c in captions), encoding="utf-8", errors="replace")
     return path
+
+
+def save_images(run, captions, count, seed, paint):
+    """count pictures of each caption as run/sample-<caption>-<seed>/00000.png ..., 64 at a time: paint(number of the caption,
+    seed of the noise) -> (64, 3, S, S) in [-1, 1]. Prints the folders."""
+    from torchvision.utils import save_image
+    for i, caption in enumerate(captions):
+        folder = Path(run) / f"sample-{slug([caption])}-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "caption.txt").write_text(f"{caption}\n", encoding="utf-8", errors="replace")
+        with Progress(count, caption[:40]) as bar:
+            for start in range(0, count, 64):
+                for n, image in enumerate(paint(i, seed * 2**20 + start)[:count - start], start):
+                    with data.writing(folder / f"{n:05}.png") as part:
+                        save_image(image, part, format="png", normalize=True, value_range=(-1, 1))
+                    bar.step()
+        print(folder)
 
 
 def slug(captions):
@@ -651,6 +692,16 @@ def text_encoder(kind, name, root, device, path=None, train_here=False, image_fe
         raise UserError(f"{path} is a {type(encoder).__name__}, this script needs {kind}")
     print(f"text encoder: {note}")
     return encoder.to(device), note
+
+
+def petals_follow(unseen, encoder, paint):
+    """Toy only: prints how often the petals of samples for held-out captions have the colour that the caption says.
+    paint: sentence embeddings (N, dim) -> pictures (N, 3, S, S)."""
+    index = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:512]
+    images = paint(encoder.encode([unseen.captions[unseen.first[i]] for i in index]))
+    right = sum(colour == unseen.traits[i]["petal"] for i, colour in zip(index, data.judge_petals(images)))
+    print(f"petal colour right in {right / len(index):.0%} of {len(index)} samples for held-out captions "
+          f"(chance {1 / len(data.PETALS):.0%})")
 
 
 def embeddings(encoder, dataset):

@@ -182,8 +182,6 @@ def train(args, state):
     cls, mix = "cls" in args.variant, "int" in args.variant
     dataset, unseen = (data.load(args.data, split, SIZE, args.root) for split in ("train", "test"))
     if state:
-        if args.text_encoder:
-            raise common.UserError(f"the run in {args.run} keeps its text encoder; leave --text-encoder out, or give another --run")
         encoder, note = common.rebuild(state["text_encoder"]).to(args.device), state["text_note"]
         print(f"text encoder: {note} (kept in {args.run / 'last.pt'})")
     else:
@@ -203,9 +201,6 @@ def train(args, state):
         common.random_state(state["random"])
         if state["pictures"] != dataset.key:
             print(f"the pictures of {args.data} are not those the run began with: it goes on with them, from step {step}")
-    if args.compile:
-        torch._dynamo.config.suppress_errors = True                # what cannot be compiled runs eagerly, with a warning
-        G.compile(), D.compile()
 
     # the fixed grid: unseen captions down, noises across, so that an ignored caption or noise is seen at once
     shown = [unseen.captions[unseen.first[i]] for i in torch.linspace(0, len(unseen) - 1, 8).long()]
@@ -213,31 +208,34 @@ def train(args, state):
 
     def keep():
         common.save(args.run / "last.pt", {
-            "kind": "gan_cls", "args": {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}, "step": step,
-            "rows": rows, "total": total, "random": common.random_state(), "pictures": dataset.key, "text_note": note,
-            "text_encoder": encoder.state_dict(), **{name: part.state_dict() for name, part in parts.items()}})
+            "kind": "gan_cls", "args": common.plain(args), "step": step, "rows": rows, "total": total, "random": common.random_state(),
+            "pictures": dataset.key, "text_note": note, "text_encoder": encoder.state_dict(),
+            **{name: part.state_dict() for name, part in parts.items()}})
+
+    def one_step(G, D):      # compiled or not
+        real, wrong, captions, _ = batches(step)
+        # released code: the mean of 4 captions' embeddings (CUB) or 1 caption (flowers); paper: 1; default as for CUB
+        t = sentences[captions].mean(1)
+        t_g = torch.cat((t, halfway(t))) if mix else t
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+            # one G(z, t) serves both steps, as in Algorithm 1; released code: draws anew for G's step
+            fake = G(torch.randn(len(t_g), NZ, device=args.device), t_g)
+            of_d = d_step(D, opt_d, real, wrong, fake[:len(t)], t)
+            return torch.cat((g_step(D, opt_g, fake, t_g)[None], of_d))
 
     print(f"gan_cls on {args.data}: {len(dataset)} pictures, {args.variant}, ngf {args.ngf}, ndf {args.ndf}, batch {args.batch_size}, "
           f"{args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
+    functions = common.compiled((G, D), one_step, parts) if args.compile else (G, D)
     size, last = args.batch_size, args.epochs * len(batches)
     with common.Stop() as stop, data.Progress(last * size, "", done=step * size) as bar:
         while step < last and not stop.code:
             epoch = step // len(batches)
             for group in (*opt_g.param_groups, *opt_d.param_groups):
                 group["lr"] = args.lr * 0.5 ** (epoch // 100)                                   # halved every 100 epochs
-            real, wrong, captions, _ = batches(step)
-            # released code: the mean of 4 captions' embeddings (CUB) or 1 caption (flowers); paper: 1; default as for CUB
-            t = sentences[captions].mean(1)
-            t_g = torch.cat((t, halfway(t))) if mix else t
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
-                # one G(z, t) serves both steps, as in Algorithm 1; released code: draws anew for G's step
-                fake = G(torch.randn(len(t_g), NZ, device=args.device), t_g)
-                of_d = d_step(D, opt_d, real, wrong, fake[:len(t)], t)
-                loss_g = g_step(D, opt_g, fake, t_g)
+            total += one_step(*functions)
             # the average of as many steps as there were, up to 1 / (1 - ema): else G's first weights blur it for epochs
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
             ema.update_parameters(G)
-            total += torch.cat((loss_g[None], of_d))
             step += 1
             ended = step % len(batches) == 0
             if ended or stop.code or step % 10 == 0:
@@ -263,7 +261,7 @@ def train(args, state):
             return stop.code
     print(f"{args.epochs} epochs done: {args.run / 'last.pt'}, grids beside it; more with --epochs")
     if unseen.traits:
-        follow(ema, encoder, unseen)
+        common.petals_follow(unseen, encoder, lambda t: draw(ema, noise(len(t), 0).to(t.device), t))
     return 0
 
 
@@ -276,17 +274,6 @@ def draw(G, z, t, batch=64):
     """G in eval mode, in bounded memory: z (N, 100), t (N, 1024) -> (N, 3, 64, 64) in [-1, 1] on the CPU."""
     G.eval()
     return torch.cat([G(*pair).float().cpu() for pair in zip(z.split(batch), t.split(batch))])
-
-
-def follow(G, encoder, unseen):
-    """Toy only: how often the petals of samples for held-out captions have the colour that the caption says."""
-    import data
-    index = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:512]
-    t = encoder.encode([unseen.captions[unseen.first[i]] for i in index])
-    images = draw(G, noise(len(t), 0).to(t.device), t)
-    right = sum(colour == unseen.traits[i]["petal"] for i, colour in zip(index, data.judge_petals(images)))
-    print(f"petal colour right in {right / len(index):.0%} of {len(index)} samples for held-out captions "
-          f"(chance {1 / len(data.PETALS):.0%})")
 
 
 # ---------------------------------------------------------------------------------------------------- sample
@@ -307,10 +294,14 @@ def finished(args, state):
 
 
 def sample(args, state):
-    """A grid with one row a caption; the columns share their noise."""
+    """A grid with one row a caption; the columns share their noise. --images: as many files for each caption instead."""
     import common
     G, encoder, _ = finished(args, state)
     t = encoder.ask(args.sample)
+    if args.images:
+        common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed: draw(
+            G, z := noise(64, seed).to(args.device), t[i].expand(len(z), -1)))
+        return
     z = noise(args.columns, args.seed).repeat(len(t), 1).to(args.device)
     path = common.save_grid(args.run / f"sample-{common.slug(args.sample)}-{args.seed}.png",
                             draw(G, z, t.repeat_interleave(args.columns, 0)), args.columns, args.sample)
@@ -416,7 +407,7 @@ def style_transfer(args, state):
 # ---------------------------------------------------------------------------------------------------- command line
 
 TOY = dict(epochs=14, ngf=20, ndf=20, batch_size=16, captions_per_image=1, ema=0.99)    # so that a CPU is enough
-FIXED = ("data", "variant", "ngf", "ndf", "batch_size", "lr", "ema", "captions_per_image", "seed")   # what a run is
+FIXED = ("data", "variant", "ngf", "ndf", "batch_size", "lr", "ema", "captions_per_image", "seed", "text_encoder")   # what a run is
 
 
 def main(argv=None):
@@ -448,11 +439,10 @@ def main(argv=None):
     g.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="from caption A to B at fixed noises")
     g.add_argument("--noise", action="store_true", help="with --interpolate: the noise moves, the captions stay")
     g.add_argument("--columns", type=number(int, 1), default=8, help="pictures a row (default: 8)")
+    g.add_argument("--images", type=number(int, 1), help="with --sample: no grid but so many files for each caption")
     g.add_argument("--style", metavar="PHOTO", help="with --sample: draw the captions in the style of a photo (section 4.4)")
     g.add_argument("--style-steps", type=number(int, 1), default=2000, help="steps that train the style encoder (default: 2000)")
     args, state = common.parse(p, TOY, FIXED, argv)
-    on_gpu = args.device.startswith("cuda")
-    args.bf16, args.compile = (on_gpu if flag is None else flag for flag in (args.bf16, args.compile))
     if args.style and not args.sample:
         raise common.UserError("--style needs captions to draw: add --sample \"...\"")
     does = style_transfer if args.style else sample if args.sample else interpolate if args.interpolate else train
