@@ -1,5 +1,4 @@
 """dfgan.py: the released network's numbers, losses and gradients of gradients, compiled steps, resume, the command line."""
-import importlib.util
 import json
 import shutil
 import signal
@@ -15,16 +14,9 @@ from PIL import Image
 
 import common
 import dfgan
-from conftest import ROOT, run, same, shared
+from conftest import ROOT, call, module, run, same, shared
 
 SCRIPT = ROOT / "dfgan.py"
-
-
-def module(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 # ---- the released network
@@ -252,7 +244,7 @@ TINY = ("--data", "own", "--nf", 2, "--size", 32, "--batch-size", 4, "--device",
 
 
 def train(home, name, epochs, *flags, **how):
-    return run(SCRIPT, *TINY, "--run", name, "--epochs", epochs, *flags, cwd=home, **how)
+    return (run if how else call)(SCRIPT, *TINY, "--run", name, "--epochs", epochs, *flags, cwd=home, **how)
 
 
 def states(home, *names):
@@ -292,7 +284,7 @@ def test_every_ablation_trains_samples_and_keeps_its_shape(home, flags):
     name = "df-" + "".join(flags).replace("--", "-")
     done = train(home, name, 1, *flags)
     assert done.returncode == 0, done.stderr
-    done = run(SCRIPT, "--data", "own", "--run", name, "--device", "cpu", "--sample", "it is red", cwd=home)
+    done = call(SCRIPT, "--data", "own", "--run", name, "--device", "cpu", "--sample", "it is red", cwd=home)
     assert done.returncode == 0 and done.stdout.split()[-1].endswith(".png"), done.stderr
 
 
@@ -309,13 +301,13 @@ def test_compile_falls_back_with_one_line(home):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_trains_with_its_defaults(home):
-    done = run(SCRIPT, *TINY[:6], "--batch-size", 4, "--image-features", "small", "--run", "df-gpu", "--epochs", 2, cwd=home)
+    done = call(SCRIPT, *TINY[:6], "--batch-size", 4, "--image-features", "small", "--run", "df-gpu", "--epochs", 2, cwd=home)
     assert done.returncode == 0 and "cuda" in done.stdout and "does not work here" not in done.stdout, done.stderr
 
 
 def test_sample_truncation_images_and_interpolate(home):
     train(home, "df-use", 1)
-    use = lambda *flags: run(SCRIPT, "--data", "own", "--run", "df-use", "--device", "cpu", *flags, cwd=home)
+    use = lambda *flags: call(SCRIPT, "--data", "own", "--run", "df-use", "--device", "cpu", *flags, cwd=home)
     done = use("--sample", "a red picture", "it is blue", "--columns", 5)
     assert done.returncode == 0, done.stderr
     path = home / done.stdout.split()[-1]
@@ -370,7 +362,7 @@ def test_a_released_checkpoint_samples_and_continues(home, prefix):
     name = f"df-init{prefix}"
     flags = ("--data", "own", "--run", name, "--device", "cpu", "--init", "state_epoch_1220.pth", "--text-encoder",
              "runs/damsm-own/encoder.pt", "--batch-size", 4)
-    done = run(SCRIPT, *flags, "--sample", "it is red", cwd=home)
+    done = call(SCRIPT, *flags, "--sample", "it is red", cwd=home)
     assert done.returncode == 0 and "epoch 1220, nf 2, 64 px" in done.stdout, done.stderr
     with Image.open(home / done.stdout.split()[-1]) as image:
         assert image.size == (8 * 66 + 2, 66 + 2)
@@ -378,11 +370,11 @@ def test_a_released_checkpoint_samples_and_continues(home, prefix):
                                                                      data="own", root="datasets", lr_g=1e-4, lr_d=4e-4))())
     assert same(first["G"], G.state_dict()) and same(first["D"], D.state_dict())
     assert same(first["opt_g"]["state"], opt_g.state_dict()["state"]) and same(first["opt_d"]["state"], opt_d.state_dict()["state"])
-    done = run(SCRIPT, *flags, "--epochs", 1, cwd=home)
+    done = call(SCRIPT, *flags, "--epochs", 1, cwd=home)
     assert done.returncode == 0 and "nf 2" in done.stdout, done.stderr
-    done = run(SCRIPT, *flags, "--epochs", 2, cwd=home)           # the same command continues
+    done = call(SCRIPT, *flags, "--epochs", 2, cwd=home)           # the same command continues
     assert done.returncode == 0 and states(home, name)[0]["step"] == 10, done.stderr
-    done = run(SCRIPT, *flags, "--epochs", 2, "--nf", 64, cwd=home)
+    done = call(SCRIPT, *flags, "--epochs", 2, "--nf", 64, cwd=home)
     assert done.returncode == 2 and "--nf 64 contradicts the run" in done.stderr
 
 
@@ -400,7 +392,7 @@ def test_a_wrong_released_file_is_one_sentence(home, damage):
     if damage == "missing":
         path.unlink()
     flags = () if damage == "no encoder" else ("--text-encoder", "runs/damsm-own/encoder.pt")
-    done = run(SCRIPT, "--data", "own", "--run", "df-bad", "--init", path, *flags, cwd=home)
+    done = call(SCRIPT, "--data", "own", "--run", "df-bad", "--init", path, *flags, cwd=home)
     words = {"missing": "does not exist", "no encoder": "needs the DAMSM encoder"}.get(damage, "is no released DF-GAN checkpoint, or is damaged")
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr and not (home / "df-bad").exists()
 
@@ -413,6 +405,6 @@ def test_a_wrong_released_file_is_one_sentence(home, damage):
     (("--images", "0", "--sample", "a"), "0 is not between 1 and"),
 ])
 def test_bad_input_is_one_sentence(home, flags, words):
-    done = run(SCRIPT, "--data", "own", *flags, cwd=home)
+    done = call(SCRIPT, "--data", "own", *flags, cwd=home)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("dfgan.py: error: ")

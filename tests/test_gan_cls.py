@@ -17,7 +17,7 @@ from PIL import Image
 import common
 import data
 import gan_cls
-from conftest import ROOT, run, same
+from conftest import ROOT, call, run, same
 
 SCRIPT = ROOT / "gan_cls.py"
 
@@ -157,7 +157,7 @@ TINY = ("--data", "own", "--ngf", 4, "--ndf", 4, "--batch-size", 4, "--device", 
 
 
 def train(home, name, epochs, *flags, **how):
-    return run(SCRIPT, *TINY, "--run", name, "--epochs", epochs, *flags, cwd=home, **how)
+    return (run if how else call)(SCRIPT, *TINY, "--run", name, "--epochs", epochs, *flags, cwd=home, **how)
 
 
 def test_a_run_leaves_what_it_promises(home):
@@ -209,7 +209,7 @@ def test_a_contradicting_flag_names_both_values(home):
     assert done.returncode == 2 and "--text-encoder x.pt contradicts the run in flags, which has None" in done.stderr
     done = train(home, "flags", 2, "--variant", "gan")
     assert done.returncode == 2 and "--variant gan contradicts the run in flags, which has int-cls" in done.stderr
-    done = run(SCRIPT, "--data", "own", "--run", "flags", "--epochs", 2, "--device", "cpu", cwd=home)      # widths from the checkpoint
+    done = call(SCRIPT, "--data", "own", "--run", "flags", "--epochs", 2, "--device", "cpu", cwd=home)      # widths from the checkpoint
     assert done.returncode == 0 and "ngf 4, ndf 4" in done.stdout
 
 
@@ -238,13 +238,13 @@ def test_compiled_steps_equal_eager_ones():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_trains_with_its_defaults(home):
-    done = run(SCRIPT, *TINY[:-2], "--run", "gpu", "--epochs", 2, cwd=home)
+    done = call(SCRIPT, *TINY[:-2], "--run", "gpu", "--epochs", 2, cwd=home)
     assert done.returncode == 0 and "cuda" in done.stdout, done.stderr
 
 
 def test_sample_interpolate_and_style(home):
     train(home, "use", 1)
-    use = lambda *flags: run(SCRIPT, "--data", "own", "--run", "use", "--device", "cpu", *flags, cwd=home)
+    use = lambda *flags: call(SCRIPT, "--data", "own", "--run", "use", "--device", "cpu", *flags, cwd=home)
     done = use("--sample", "a red picture", "it is blue", "--columns", 5)
     assert done.returncode == 0, done.stderr
     path = home / done.stdout.split()[-1]
@@ -285,14 +285,14 @@ def test_sample_interpolate_and_style(home):
     (("--dta", "own"), "unrecognized arguments"),
 ])
 def test_bad_input_is_one_sentence(home, flags, words):
-    done = run(SCRIPT, *flags, cwd=home)
+    done = call(SCRIPT, *flags, cwd=home)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("gan_cls.py: error: ")
 
 
 def test_a_caption_of_unknown_characters_only(home):
     train(home, "unknown", 1)
-    done = run(SCRIPT, "--data", "own", "--run", "unknown", "--sample", "花", cwd=home)
+    done = call(SCRIPT, "--data", "own", "--run", "unknown", "--sample", "花", cwd=home)
     assert done.returncode == 2 and "knows nothing of" in done.stderr
 
 
