@@ -92,24 +92,49 @@ def random_state(state=None):
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
+def parser(script, doc, toy):
+    """What the command lines of all scripts share: the parser, its group of training flags, its group of sampling flags."""
+    p = argparse.ArgumentParser(prog=f"{script}.py", description=doc.split("\n")[0],
+                                epilog=f"Toy data has small defaults of its own: {toy}.")
+    p.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder of pictures and captions (default: toy)")
+    p.add_argument("--root", default="datasets", help="folder that holds the named data sets (default: datasets)")
+    p.add_argument("--run", help=f"folder of the run (default: runs/{script}-<data>)")
+    p.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    p.add_argument("--seed", type=number(int, 0), default=0)
+    training = p.add_argument_group("training; the same command again continues")
+    g = p.add_argument_group("training, not in the paper")
+    g.add_argument("--ema", type=number(float, 0, 1), default=0.999, help="decay of G's average, which draws the samples (default: 0.999)")
+    g.add_argument("--text-encoder", metavar="FILE", help="encoder.pt or released state dict (default: published, else trained here)")
+    g.add_argument("--image-features", choices=["inception", "small"], help="image side of its training (default: inception; toy small)")
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: on CUDA)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    g = p.add_argument_group("sampling from the run, or from the model in weights/")
+    g.add_argument("--sample", nargs="+", metavar="CAPTION", help="a grid, one row a caption")
+    g.add_argument("--images", type=number(int, 1), help="with --sample: no grid but so many files for each caption")
+    g.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="from caption A to B at fixed noises")
+    g.add_argument("--noise", action="store_true", help="with --interpolate: the noise moves, the captions stay")
+    g.add_argument("--columns", type=number(int, 1), default=8, help="pictures a row (default: 8)")
+    return p, training, g
+
+
 def plain(args):
     """Those of the flags that a checkpoint keeps: numbers, words, truths and None."""
     return {name: value for name, value in vars(args).items() if value is None or isinstance(value, (int, float, str))}
 
 
-def parse(parser, toy, fixed, argv=None, begin=None):
+def parse(p, toy, fixed, argv=None, begin=None):
     """The flags, and the checkpoint of their run (None for a new one). Each flag is what the command line gives, else what
     the checkpoint has, else toy's default, else the paper's. fixed: names that belong to a run; a flag that contradicts
     the checkpoint is an error. begin: makes a checkpoint of the flags where a new run is given --init."""
-    script = parser.prog.removesuffix(".py")
-    first, _ = parser.parse_known_args(argv)
+    script = p.prog.removesuffix(".py")
+    first, _ = p.parse_known_args(argv)
     run = Path(first.run or f"runs/{script}-{Path(first.data).resolve().name}")
     state = load(run / "last.pt", script) if (run / "last.pt").exists() else begin(first) if begin and first.init else None
     if first.data == "toy":
-        parser.set_defaults(**toy)
+        p.set_defaults(**toy)
     if state:
-        parser.set_defaults(**{name: state["args"][name] for name in (*fixed, "epochs")})
-    args = parser.parse_args(argv)
+        p.set_defaults(**{name: state["args"][name] for name in (*fixed, "epochs")})
+    args = p.parse_args(argv)
     args.run, args.data = run, data.source(args.data)
     for name in fixed if state and not (args.sample or args.interpolate) else ():
         if getattr(args, name) != state["args"][name]:

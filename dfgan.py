@@ -11,7 +11,6 @@ One generator draws at full size; noise z and sentence embedding e reach every b
     python dfgan.py --data cub --interpolate "a yellow bird" "a blue bird"                 (--noise moves the noise)
     python dfgan.py --data cub --init state_epoch_1220.pth --text-encoder text_encoder200.pth       a released model goes on
 """
-import argparse
 import math
 import sys
 from collections import OrderedDict
@@ -408,45 +407,26 @@ def interpolate(args, state):
 
 # ---------------------------------------------------------------------------------------------------- command line
 
-TOY = dict(epochs=10, size=64, nf=12, batch_size=16, lr_g=2e-4, lr_d=4e-4, ema=0.99)      # so that a CPU is enough
+TOY = dict(epochs=18, size=64, nf=8, batch_size=16, lr_g=2e-4, ema=0.99)      # so that a CPU is enough
 FIXED = ("data", "size", "nf", "batch_size", "lr_g", "lr_d", "ema", "output", "penalty", "fusion", "seed", "text_encoder", "init")
 
 
 def main(argv=None):
     import common
     from common import number
-    p = argparse.ArgumentParser(prog="dfgan.py", description=__doc__.split("\n")[0],
-                                epilog=f"Toy data has small defaults of its own: {TOY}.")
-    p.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder of pictures and captions (default: toy)")
-    p.add_argument("--root", default="datasets", help="folder that holds the named data sets (default: datasets)")
-    p.add_argument("--run", help="folder of the run (default: runs/dfgan-<data>)")
-    p.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
-    p.add_argument("--seed", type=number(int, 0), default=0)
-    g = p.add_argument_group("training; the same command again continues")
+    p, g, s = common.parser("dfgan", __doc__, TOY)
     g.add_argument("--epochs", type=number(int, 1), default=600, help="default: 600 (section 4, CUB; COCO 120)")
     g.add_argument("--batch-size", type=number(int, 2), default=32, help="default: 32 (released code)")
     g.add_argument("--size", type=int, choices=[32, 64, 128, 256, 512], default=256, help="pixels (default: 256, section 4)")
     g.add_argument("--nf", type=number(int, 1), default=32, help="width of G and D (default: 32, released code; paper: 64)")
     g.add_argument("--lr-g", type=number(float, 0, 1), default=1e-4, help="default: 0.0001 (section 4)")
     g.add_argument("--lr-d", type=number(float, 0, 1), default=4e-4, help="default: 0.0004 (section 4)")
-    g.add_argument("--ema", type=number(float, 0, 1), default=0.999,
-                   help="decay of G's average, which draws the samples (default: 0.999; not in the paper)")
     g.add_argument("--output", choices=["one-way", "two-way"], default="one-way", help="ablation of D's output (default: one-way)")
     g.add_argument("--penalty", choices=["ma", "real", "none"], default="ma",
                    help="ablation of MA-GP: on pictures and text, on pictures alone, none (default: ma)")
     g.add_argument("--fusion", choices=["dfblock", "affine"], default="dfblock", help="ablation: one affine (default: dfblock)")
     g.add_argument("--init", metavar="FILE", help="begin with a released state_epoch_*.pth")
-    g.add_argument("--text-encoder", metavar="FILE", help="encoder.pt or released state dict (default: published, or the one trained here)")
-    g.add_argument("--image-features", choices=["inception", "small"], help="image side of its training (default: inception; toy small)")
-    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: on CUDA)")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    g = p.add_argument_group("sampling from the run, or from the model in weights/")
-    g.add_argument("--sample", nargs="+", metavar="CAPTION", help="a grid, one row a caption")
-    g.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="from caption A to B at fixed noises")
-    g.add_argument("--noise", action="store_true", help="with --interpolate: the noise moves, the captions stay")
-    g.add_argument("--columns", type=number(int, 1), default=8, help="pictures a row (default: 8)")
-    g.add_argument("--images", type=number(int, 1), help="with --sample: no grid but so many files for each caption")
-    g.add_argument("--truncation", type=number(float, 0, 10), metavar="T",
+    s.add_argument("--truncation", type=number(float, 0, 10), metavar="T",
                    help="T times noise cut at +-2 (released evaluation: 0.88; default: whole, as in training)")
     args, state = common.parse(p, TOY, FIXED, argv, begin=released)
     does = sample if args.sample else interpolate if args.interpolate else train

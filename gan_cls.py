@@ -14,7 +14,6 @@ G draws a picture from noise z and a sentence embedding t; D sees a picture and 
 Toy: petal colour right in 97% of 512 samples for held-out captions (chance 12%), 4 minutes, 2 CPU cores, torch 2.15, one seed.
 Oxford-102 with --ngf 48 --ndf 48 --captions-per-image 1 --bf16: 51 epochs in an hour of 2 cores, colours follow unseen captions.
 """
-import argparse
 import math
 import sys
 
@@ -413,14 +412,7 @@ FIXED = ("data", "variant", "ngf", "ndf", "batch_size", "lr", "ema", "captions_p
 def main(argv=None):
     import common
     from common import number
-    p = argparse.ArgumentParser(prog="gan_cls.py", description=__doc__.split("\n")[0],
-                                epilog=f"Toy data has small defaults of its own: {TOY}.")
-    p.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder of pictures and captions (default: toy)")
-    p.add_argument("--root", default="datasets", help="folder that holds the named data sets (default: datasets)")
-    p.add_argument("--run", help="folder of the run (default: runs/gan_cls-<data>)")
-    p.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
-    p.add_argument("--seed", type=number(int, 0), default=0)
-    g = p.add_argument_group("training; the same command again continues")
+    p, g, s = common.parser("gan_cls", __doc__, TOY)
     g.add_argument("--variant", choices=["gan", "cls", "int", "int-cls"], default="int-cls", help="default: int-cls, the paper's best")
     g.add_argument("--epochs", type=number(int, 1), default=600, help="default: 600 (section 5)")
     g.add_argument("--batch-size", type=number(int, 2), default=64, help="default: 64 (section 5)")
@@ -428,20 +420,8 @@ def main(argv=None):
     g.add_argument("--ngf", type=number(int, 1), default=128, help="width of G (default: 128, released code)")
     g.add_argument("--ndf", type=number(int, 1), default=64, help="width of D (default: 64, released code)")
     g.add_argument("--captions-per-image", type=number(int, 1), default=4, help="captions averaged (default: 4, released code for CUB)")
-    g.add_argument("--ema", type=number(float, 0, 1), default=0.999,
-                   help="decay of G's average, which draws the samples (default: 0.999; not in the paper)")
-    g.add_argument("--text-encoder", metavar="FILE", help="encoder.pt or released state dict (default: the one trained here)")
-    g.add_argument("--image-features", choices=["inception", "small"], help="image side of its training (default: inception; toy small)")
-    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: on CUDA)")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    g = p.add_argument_group("sampling from the run, or from the model in weights/")
-    g.add_argument("--sample", nargs="+", metavar="CAPTION", help="a grid, one row a caption")
-    g.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="from caption A to B at fixed noises")
-    g.add_argument("--noise", action="store_true", help="with --interpolate: the noise moves, the captions stay")
-    g.add_argument("--columns", type=number(int, 1), default=8, help="pictures a row (default: 8)")
-    g.add_argument("--images", type=number(int, 1), help="with --sample: no grid but so many files for each caption")
-    g.add_argument("--style", metavar="PHOTO", help="with --sample: draw the captions in the style of a photo (section 4.4)")
-    g.add_argument("--style-steps", type=number(int, 1), default=2000, help="steps that train the style encoder (default: 2000)")
+    s.add_argument("--style", metavar="PHOTO", help="with --sample: draw the captions in the style of a photo (section 4.4)")
+    s.add_argument("--style-steps", type=number(int, 1), default=2000, help="steps that train the style encoder (default: 2000)")
     args, state = common.parse(p, TOY, FIXED, argv)
     if args.style and not args.sample:
         raise common.UserError("--style needs captions to draw: add --sample \"...\"")

@@ -11,7 +11,6 @@ Stage I sketches 64 px from noise z and a sentence embedding t; Stage II reads s
     python stackgan.py --data flowers --sample "pink flower" "a white flower"               Stage I above Stage II
     python stackgan.py --data flowers --interpolate "a pink flower" "a yellow flower"       (--noise moves the noise)
 """
-import argparse
 import math
 import sys
 
@@ -413,14 +412,7 @@ FIXED = ("data", "size", "ngf", "ndf", "batch_size", "lr", "ema", "captions_per_
 def main(argv=None):
     import common
     from common import number
-    p = argparse.ArgumentParser(prog="stackgan.py", description=__doc__.split("\n")[0],
-                                epilog=f"Toy data has small defaults of its own: {TOY}.")
-    p.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder of pictures and captions (default: toy)")
-    p.add_argument("--root", default="datasets", help="folder that holds the named data sets (default: datasets)")
-    p.add_argument("--run", help="folder of the run (default: runs/stackgan-<data>)")
-    p.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
-    p.add_argument("--seed", type=number(int, 0), default=0)
-    g = p.add_argument_group("training; the same command again continues")
+    p, g, _ = common.parser("stackgan", __doc__, TOY)
     g.add_argument("--stage", type=int, choices=[1, 2], help="one stage alone (default: Stage I, then Stage II)")
     g.add_argument("--epochs", type=number(int, 1), default=600, help="of each stage (default: 600, section 3.5)")
     g.add_argument("--batch-size", type=number(int, 2), default=64, help="default: 64 (section 3.5)")
@@ -430,18 +422,6 @@ def main(argv=None):
     g.add_argument("--ndf", type=number(int, 1), default=64, help="width of both D (default: 64, released code)")
     g.add_argument("--captions-per-image", type=number(int, 1), default=4, help="captions averaged (default: 4, released code)")
     g.add_argument("--no-ca", action="store_true", help="ablation: no conditioning augmentation, c = mu(t)")
-    g.add_argument("--ema", type=number(float, 0, 1), default=0.999,
-                   help="decay of G's average, which draws the samples (default: 0.999; not in the paper)")
-    g.add_argument("--text-encoder", metavar="FILE", help="encoder.pt or released state dict (default: the one trained here)")
-    g.add_argument("--image-features", choices=["inception", "small"], help="image side of its training (default: inception; toy small)")
-    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: on CUDA)")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    g = p.add_argument_group("sampling from the run, or from the model in weights/")
-    g.add_argument("--sample", nargs="+", metavar="CAPTION", help="a grid, for each caption Stage I above Stage II")
-    g.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="from caption A to B at fixed noises")
-    g.add_argument("--noise", action="store_true", help="with --interpolate: the noise moves, the captions stay")
-    g.add_argument("--columns", type=number(int, 1), default=8, help="pictures a row (default: 8)")
-    g.add_argument("--images", type=number(int, 1), help="with --sample: no grid but so many files for each caption")
     args, state = common.parse(p, TOY, FIXED, argv)
     does = sample if args.sample else interpolate if args.interpolate else train
     return does(args, state)
