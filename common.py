@@ -35,9 +35,20 @@ def guard(main):
     except (UserError, OSError) as error:      # OSError: a full disk, a forbidden folder
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: out of memory; give a smaller --batch-size, a smaller --size or a narrower "
+              f"network ({str(error).splitlines()[0][:120]})", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: stopped; the same command starts again where the last save was", file=sys.stderr)
         return 130
+
+
+def out_of_memory(error):
+    """CUDA's has a class of its own, the CPU's is known by its words."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class Stop:
@@ -109,9 +120,10 @@ def parser(script, doc, toy):
     g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: on CUDA)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     g = p.add_argument_group("sampling from the run, or from the model in weights/")
-    g.add_argument("--sample", nargs="+", metavar="CAPTION", help="a grid, one row a caption")
+    either = g.add_mutually_exclusive_group()
+    either.add_argument("--sample", nargs="+", metavar="CAPTION", help="a grid, one row a caption")
+    either.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="from caption A to B at fixed noises")
     g.add_argument("--images", type=number(int, 1), help="with --sample: no grid but so many files for each caption")
-    g.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="from caption A to B at fixed noises")
     g.add_argument("--noise", action="store_true", help="with --interpolate: the noise moves, the captions stay")
     g.add_argument("--columns", type=number(int, 1), default=8, help="pictures a row (default: 8)")
     return p, training, g
@@ -127,19 +139,34 @@ def parse(p, toy, fixed, argv=None, begin=None):
     the checkpoint has, else toy's default, else the paper's. fixed: names that belong to a run; a flag that contradicts
     the checkpoint is an error. begin: makes a checkpoint of the flags where a new run is given --init."""
     script = p.prog.removesuffix(".py")
-    first, _ = p.parse_known_args(argv)
+
+    def read(parse):
+        args = parse(argv)
+        for name in ("text_encoder", "init"):                      # the same file, whatever the folder one stands in
+            if getattr(args, name, None):
+                setattr(args, name, str(Path(getattr(args, name)).resolve()))
+        return args
+
+    first = read(lambda argv: p.parse_known_args(argv)[0])
     run = Path(first.run or f"runs/{script}-{Path(first.data).resolve().name}")
-    state = load(run / "last.pt", script) if (run / "last.pt").exists() else begin(first) if begin and first.init else None
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--run {run} is a file; give a folder")
+    begun = (run / "last.pt").exists()
+    state = load(run / "last.pt", script) if begun else begin(first) if begin and first.init else None
     if first.data == "toy":
         p.set_defaults(**toy)
     if state:
         p.set_defaults(**{name: state["args"][name] for name in (*fixed, "epochs")})
-    args = p.parse_args(argv)
+    args = read(p.parse_args)
+    for flag, needs in (("images", "sample"), ("style", "sample"), ("noise", "interpolate")):
+        if getattr(args, flag, None) and not getattr(args, needs):
+            raise UserError(f"--{flag} says how to draw; add --{needs} and captions")
     args.run, args.data = run, data.source(args.data)
     for name in fixed if state and not (args.sample or args.interpolate) else ():
         if getattr(args, name) != state["args"][name]:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts the run in {run}, which has "
-                            f"{state['args'][name]}; leave the flag out, or give another --run")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts "
+                            f"{f'the run in {run}' if begun else args.init}, which has {state['args'][name]}; "
+                            f"leave the flag out{', or give another --run' if begun else ''}")
     args.device = device(args.device)
     on_gpu = args.device.startswith("cuda")
     args.bf16, args.compile = (on_gpu if flag is None else flag for flag in (args.bf16, args.compile))
@@ -155,9 +182,13 @@ def compiled(functions, step, parts):
         step(*fast)
         functions = fast
     except Exception as error:     # no C++ compiler, no Triton, a graph it cannot take: errors of every kind
+        if out_of_memory(error):
+            raise
         print(f"torch.compile does not work here ({type(error).__name__}: {' '.join(str(error).split())[:100]}); going on without it")
     for name, part in parts.items():
         part.load_state_dict(before[name])
+        if isinstance(part, nn.Module):                            # g_step may have ended in between
+            part.requires_grad_(True)
     random_state(random)
     return functions
 
@@ -166,7 +197,7 @@ def device(name):
     """A device by name; "auto" is cuda where there is one."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).tolist()                       # tolist: "meta" has no numbers
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not to be had here ({str(error).splitlines()[0]}); try --device cpu") from None
     return name
@@ -196,7 +227,7 @@ def save_grid(path, images, columns, captions=()):
 
 def save_images(run, captions, count, seed, paint):
     """count pictures of each caption as run/sample-<caption>-<seed>/00000.png ..., 64 at a time: paint(number of the caption,
-    seed of the noise) -> (64, 3, S, S) in [-1, 1]. Prints the folders."""
+    seed of the noise, n <= 64) -> (n, 3, S, S) in [-1, 1]. Prints the folders."""
     from torchvision.utils import save_image
     for i, caption in enumerate(captions):
         folder = Path(run) / f"sample-{slug([caption])}-{seed}"
@@ -204,7 +235,7 @@ def save_images(run, captions, count, seed, paint):
         (folder / "caption.txt").write_text(f"{caption}\n", encoding="utf-8", errors="replace")
         with Progress(count, caption[:40]) as bar:
             for start in range(0, count, 64):
-                for n, image in enumerate(paint(i, seed * 2**20 + start)[:count - start], start):
+                for n, image in enumerate(paint(i, seed * 2**20 + start, min(64, count - start)), start):
                     with data.writing(folder / f"{n:05}.png") as part:
                         save_image(image, part, format="png", normalize=True, value_range=(-1, 1))
                     bar.step()

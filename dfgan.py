@@ -114,7 +114,8 @@ class DBlock(nn.Module):
 
     def forward(self, x):
         # released code: projects, then pools; a 1x1 of the pooled pixels is the same with a quarter of the work
-        return torch.addcmul(self.conv_s(F.avg_pool2d(x, 2)), self.gamma, self.conv_r(x))
+        h = self.conv_r(x)
+        return torch.addcmul(self.conv_s(F.avg_pool2d(x, 2)), self.gamma.to(h.dtype), h)       # else bf16 would end here
 
 
 class Discriminator(nn.Module):
@@ -262,7 +263,7 @@ def train(args, state):
             "pictures": dataset.key, "text_note": note, "text_encoder": encoder.state_dict(),
             **{name: part.state_dict() for name, part in parts.items()}})
 
-    def one_step(G, d_loss, g_loss):     # compiled or not
+    def one_step(G, d_loss, g_loss):     # the functions themselves, or torch.compile of them
         real, _, captions, _ = batches(step)
         e = sentences[captions[:, 0]]
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
@@ -273,12 +274,14 @@ def train(args, state):
 
     print(f"dfgan on {args.data}: {len(dataset)} pictures at {args.size} px, nf {args.nf}, batch {args.batch_size}, "
           f"{args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
-    functions = common.compiled((G, d_loss, g_loss), one_step, parts) if args.compile else (G, d_loss, g_loss)
-    size, last = args.batch_size, args.epochs * len(batches)
-    with common.Stop() as stop, data.Progress(last * size, "", done=step * size) as bar:
+    count, last = args.batch_size, max(args.epochs * len(batches), step)
+    functions = G, d_loss, g_loss
+    if args.compile and step < last:
+        functions = common.compiled(functions, one_step, parts)
+    with common.Stop() as stop, data.Progress(last * count, "", done=step * count) as bar:
         while step < last and not stop.code:
             total += one_step(*functions)
-            # the average of as many steps as there were, up to 1 / (1 - ema): else G's first weights blur it for epochs
+            # a decay of (1 + t) / (10 + t), up to ema: else G's first weights blur its average for epochs
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
             ema.update_parameters(G)
             epoch, step = step // len(batches), step + 1
@@ -290,7 +293,7 @@ def train(args, state):
                                            f"if there, is from before; try a smaller --lr-g and --lr-d")
                 bar.note = "G {:.2f} D {:.2f}  D(real) {:.2f} D(wrong) {:.2f} D(fake) {:.2f} MA-GP {:.3f}".format(*now)
             bar.label = f"epoch {epoch + 1}/{args.epochs}"
-            bar.step(size)
+            bar.step(count)
             if ended:
                 rows.append(dict(epoch=epoch + 1, step=step, **{k: round(v, 4) for k, v in zip(
                     ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake", "ma_gp"), now)}))
@@ -304,7 +307,7 @@ def train(args, state):
             keep()
             print(f"saved {args.run / 'last.pt'} at step {step}; the same command continues", file=sys.stderr)
             return stop.code
-    print(f"{args.epochs} epochs done: {args.run / 'last.pt'}, grids beside it; more with --epochs")
+    print(f"{step // len(batches)} epochs done: {args.run / 'last.pt'}, grids beside it; more with --epochs")
     if unseen.traits:
         common.petals_follow(unseen, encoder, lambda e: draw(ema, noise(len(e), 0).to(e.device), e))
     return 0
@@ -319,7 +322,7 @@ def noise(n, seed, truncation=None):
 
 
 @torch.no_grad()
-def draw(G, z, e, batch=64):
+def draw(G, z, e, batch=16):
     """G in eval mode, in bounded memory: z (N, 100), e (N, 256) -> (N, 3, S, S) in [-1, 1] on the CPU."""
     G.eval()
     return torch.cat([G(*pair).float().cpu() for pair in zip(z.split(batch), e.split(batch))])
@@ -332,26 +335,30 @@ def released(first):
     the layout of the released state_epoch_*.pth. first: the flags as given; width and size are the file's."""
     import common
     import data
-    if not first.text_encoder and first.data not in common.PUBLISHED:
+    if not first.text_encoder:
         raise common.UserError("--init needs the DAMSM encoder that the model was trained with: add --text-encoder text_encoder200.pth")
+    torch.manual_seed(first.seed)
     try:
         file = torch.load(first.init, map_location="cpu", weights_only=True)
         g, d, c = ({name.removeprefix("module."): value for name, value in file["model"][net].items()} for net in ("netG", "netD", "netC"))
         own = {"nf": len(g["fc.weight"]) // 128, "size": 4 * 2 ** len({name.split(".")[1] for name in g if name.startswith("GBlocks.")}),
                "output": "one-way", "fusion": "dfblock"}
         G, D, opt_g, opt_d = make(own["nf"], own["size"], first.lr_g, first.lr_d)
-        # conv_s of equal widths lies in the file but is used nowhere, with no moments of Adam's either
         for net, weights, opt, saved in ((G, g, opt_g, "optimizer_G"), (D, d | c, opt_d, "optimizer_D")):
+            # conv_s of equal widths lies in the file too, used nowhere; Adam numbers its moments in the file's order
             net.load_state_dict({name: weights[name] for name in net.state_dict()})
-            moments, names = file["optimizers"][saved]["state"], list(weights)
-            state = {i: moments[names.index(name)] for i, (name, _) in enumerate(net.named_parameters()) if names.index(name) in moments}
+            moments, number = file["optimizers"][saved]["state"], {name: i for i, name in enumerate(weights)}
+            state = {i: moments[number[name]] for i, (name, _) in enumerate(net.named_parameters())}
+            if any(state[i]["exp_avg"].shape != p.shape for i, p in enumerate(net.parameters())):
+                raise ValueError("moments of other parameters")
             opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+        about = f"{first.init}, epoch {file['epoch']}"
     except FileNotFoundError:
         raise common.UserError(f"{first.init} does not exist; --init takes a released state_epoch_*.pth") from None
     except Exception:     # whatever a damaged or other file makes of torch and the layers
         raise common.UserError(f"{first.init} is no released DF-GAN checkpoint, or is damaged; --init takes a state_epoch_*.pth") from None
     encoder, note = common.text_encoder("damsm", first.data, first.root, "cpu", first.text_encoder)
-    print(f"G and D: {first.init}, epoch {file['epoch']}, nf {own['nf']}, {own['size']} px")
+    print(f"G and D: {about}, nf {own['nf']}, {own['size']} px")
     return {"args": {**common.plain(first), **own, "data": data.source(first.data)}, "step": 0, "rows": [], "total": torch.zeros(6),
             "random": common.random_state(), "pictures": None, "text_note": note, "text_encoder": encoder.state_dict(),
             "G": G.state_dict(), "D": D.state_dict(), "ema": AveragedModel(G, use_buffers=True).state_dict(),
@@ -367,7 +374,8 @@ def finished(args, state):
         if not shipped.exists():
             raise common.UserError(f"there is no model in {args.run} yet; train one first: python dfgan.py --data {args.data}")
         state = common.load(shipped, "dfgan")
-    print(f"trained on {state['args']['data']}, {state['step']} steps; text encoder: {state['text_note']}")
+    begun = f"begun with {state['args']['init']}, " if state["args"]["init"] else ""
+    print(f"{begun}trained on {state['args']['data']}, {state['step']} steps; text encoder: {state['text_note']}")
     G = AveragedModel(Generator(state["args"]["nf"], state["args"]["size"], state["args"]["fusion"]), use_buffers=True)
     G.load_state_dict(state["ema"])
     return G.to(args.device).eval(), common.rebuild(state["text_encoder"]).to(args.device)
@@ -379,8 +387,8 @@ def sample(args, state):
     G, encoder = finished(args, state)
     e = encoder.ask(args.sample)
     if args.images:
-        common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed: draw(
-            G, z := noise(64, seed, args.truncation).to(args.device), e[i].expand(len(z), -1)))
+        common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed, n: draw(
+            G, noise(64, seed, args.truncation)[:n].to(args.device), e[i].expand(n, -1)))
         return
     z = noise(args.columns, args.seed, args.truncation).repeat(len(e), 1).to(args.device)
     path = common.save_grid(args.run / f"sample-{common.slug(args.sample)}-{args.seed}.png",
@@ -429,6 +437,8 @@ def main(argv=None):
     s.add_argument("--truncation", type=number(float, 0, 10), metavar="T",
                    help="T times noise cut at +-2 (released evaluation: 0.88; default: whole, as in training)")
     args, state = common.parse(p, TOY, FIXED, argv, begin=released)
+    if args.truncation is not None and not (args.sample or args.interpolate):
+        raise common.UserError("--truncation says how to draw; add --sample or --interpolate and captions")
     does = sample if args.sample else interpolate if args.interpolate else train
     return does(args, state)
 

@@ -211,7 +211,7 @@ def train(args, state):
             "pictures": dataset.key, "text_note": note, "text_encoder": encoder.state_dict(),
             **{name: part.state_dict() for name, part in parts.items()}})
 
-    def one_step(G, D):      # compiled or not
+    def one_step(G, D):      # the networks, or torch.compile of them
         real, wrong, captions, _ = batches(step)
         # released code: the mean of 4 captions' embeddings (CUB) or 1 caption (flowers); paper: 1; default as for CUB
         t = sentences[captions].mean(1)
@@ -224,15 +224,15 @@ def train(args, state):
 
     print(f"gan_cls on {args.data}: {len(dataset)} pictures, {args.variant}, ngf {args.ngf}, ndf {args.ndf}, batch {args.batch_size}, "
           f"{args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
-    functions = common.compiled((G, D), one_step, parts) if args.compile else (G, D)
-    size, last = args.batch_size, args.epochs * len(batches)
-    with common.Stop() as stop, data.Progress(last * size, "", done=step * size) as bar:
+    count, last = args.batch_size, max(args.epochs * len(batches), step)
+    functions = common.compiled((G, D), one_step, parts) if args.compile and step < last else (G, D)
+    with common.Stop() as stop, data.Progress(last * count, "", done=step * count) as bar:
         while step < last and not stop.code:
             epoch = step // len(batches)
             for group in (*opt_g.param_groups, *opt_d.param_groups):
                 group["lr"] = args.lr * 0.5 ** (epoch // 100)                                   # halved every 100 epochs
             total += one_step(*functions)
-            # the average of as many steps as there were, up to 1 / (1 - ema): else G's first weights blur it for epochs
+            # a decay of (1 + t) / (10 + t), up to ema: else G's first weights blur its average for epochs
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
             ema.update_parameters(G)
             step += 1
@@ -244,7 +244,7 @@ def train(args, state):
                                            f"if there, is from before; try a smaller --lr")
                 bar.note = "G {:.2f} D {:.2f}  D(real) {:.2f} D(wrong) {:.2f} D(fake) {:.2f}".format(*now)
             bar.label = f"epoch {epoch + 1}/{args.epochs}"
-            bar.step(size)
+            bar.step(count)
             if ended:
                 rows.append(dict(epoch=epoch + 1, step=step, **{k: round(v, 4) for k, v in zip(
                     ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake"), now)}))
@@ -258,7 +258,7 @@ def train(args, state):
             keep()
             print(f"saved {args.run / 'last.pt'} at step {step}; the same command continues", file=sys.stderr)
             return stop.code
-    print(f"{args.epochs} epochs done: {args.run / 'last.pt'}, grids beside it; more with --epochs")
+    print(f"{step // len(batches)} epochs done: {args.run / 'last.pt'}, grids beside it; more with --epochs")
     if unseen.traits:
         common.petals_follow(unseen, encoder, lambda t: draw(ema, noise(len(t), 0).to(t.device), t))
     return 0
@@ -298,8 +298,8 @@ def sample(args, state):
     G, encoder, _ = finished(args, state)
     t = encoder.ask(args.sample)
     if args.images:
-        common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed: draw(
-            G, z := noise(64, seed).to(args.device), t[i].expand(len(z), -1)))
+        common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed, n: draw(
+            G, noise(64, seed)[:n].to(args.device), t[i].expand(n, -1)))
         return
     z = noise(args.columns, args.seed).repeat(len(t), 1).to(args.device)
     path = common.save_grid(args.run / f"sample-{common.slug(args.sample)}-{args.seed}.png",
@@ -423,8 +423,6 @@ def main(argv=None):
     s.add_argument("--style", metavar="PHOTO", help="with --sample: draw the captions in the style of a photo (section 4.4)")
     s.add_argument("--style-steps", type=number(int, 1), default=2000, help="steps that train the style encoder (default: 2000)")
     args, state = common.parse(p, TOY, FIXED, argv)
-    if args.style and not args.sample:
-        raise common.UserError("--style needs captions to draw: add --sample \"...\"")
     does = style_transfer if args.style else sample if args.sample else interpolate if args.interpolate else train
     return does(args, state)
 

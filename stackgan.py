@@ -23,6 +23,7 @@ NZ, NC, TEXT = 100, 128, 1024   # noise z; conditioning c (section 3.5); sentenc
 
 
 # ---------------------------------------------------------------------------------------------------- networks
+# The layers of the PyTorch release, which are those of figure 2; the TensorFlow code has residual blocks at 4x4 besides.
 
 class ConditioningAugmentation(nn.Module):
     """t (B, 1024), eps (B, 128) from N(0, 1) -> c = mu + sigma eps, mu, log sigma, (B, 128) each. Section 3.2, figure 2.
@@ -104,6 +105,7 @@ class Stage2(nn.Module):
         super().__init__()
         down = lambda a, b: (nn.Conv2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
         self.ca = ConditioningAugmentation()
+        # ReLU as in the PyTorch release; paper: leaky in what goes down
         self.encoder = nn.Sequential(nn.Conv2d(3, ngf, 3, 1, 1, bias=False), nn.ReLU(inplace=True),
                                      *down(ngf, 2 * ngf), *down(2 * ngf, 4 * ngf))              # (B, 4*ngf, 16, 16)
         self.joint = nn.Sequential(nn.Conv2d(4 * ngf + NC, 4 * ngf, 3, 1, 1, bias=False), nn.BatchNorm2d(4 * ngf), nn.ReLU(inplace=True))
@@ -123,7 +125,7 @@ class Stage2(nn.Module):
 class Discriminator(nn.Module):
     """Pictures (B, 3, S, S), t (B, 1024) -> logits (B,): do they belong together? and, of Stage II, (B,): is it real?
 
-    Text: compressed by a layer of D's own and spread over the 4x4 places, as in the paper and the TensorFlow code; PyTorch
+    Joint layer: 3x3 as in the PyTorch release; paper: 1x1. Text: compressed by a layer of D's own and spread over the 4x4 places, as in the paper and the TensorFlow code; PyTorch
     release: mu of G, detached. The second answer: PyTorch release alone; we follow it. Stage I has none (None)."""
 
     def __init__(self, ndf=64, size=64):
@@ -208,15 +210,21 @@ def make(stage, ngf=128, ndf=64, size=256, lr=2e-4, device="cpu"):
 # ---------------------------------------------------------------------------------------------------- train
 
 def train(args, state):
-    """Stage I, then Stage II on top of it, args.epochs each."""
+    """Stage I, then Stage II on top of it, args.epochs each; or args.stage alone."""
     import common
-    for stage in (1, 2):
-        if args.stage in (None, stage) and not (state and state["stage"] > stage):
-            if stage == 2 and not state:
-                raise common.UserError(f"there is no Stage I in {args.run} to build on; train it first: leave --stage out")
+    done = state["stage"] if state else 0
+    if args.stage == 1 and done == 2:
+        raise common.UserError(f"the run in {args.run} is in Stage II, on a Stage I that stays as it is; give another --run")
+    if args.stage == 2 and done == 0:
+        raise common.UserError(f"there is no Stage I in {args.run} to build on; train it first: leave --stage out")
+    if args.stage == 2 and done == 1:
+        print(f"Stage II builds on Stage I as it is, after {len(state['rows'])} of {args.epochs} epochs")
+    for stage in (args.stage,) if args.stage else (1, 2):
+        if stage >= done:
+            if stage == 2 and done < 2:
+                state = common.load(args.run / "last.pt", "stackgan")
             if code := train_stage(args, state, stage):
                 return code
-            state = common.load(args.run / "last.pt", "stackgan")
     return 0
 
 
@@ -239,7 +247,8 @@ def train_stage(args, state, stage):
     ema = AveragedModel(G, use_buffers=True)
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     step, rows, total = 0, state["rows"] if state else [], torch.zeros(6, device=args.device)
-    # released PyTorch code leaves Stage I's batch norms in train mode while Stage II learns; ours rest, as its weights do
+    # Stage II builds on the average of Stage I's weights, which also draws the samples (paper and codes: on the weights).
+    # PyTorch release: leaves Stage I's batch norms in train mode while Stage II learns; ours rest, as the weights do
     G1 = first_stage(state, args.device) if stage == 2 else None
     if state and state["stage"] == stage:
         for name, part in parts.items():
@@ -261,9 +270,9 @@ def train_stage(args, state, stage):
             "random": common.random_state(), "pictures": dataset.key, "text_note": note, "text_encoder": encoder.state_dict(),
             "G1": G1 and G1.state_dict(), **{name: part.state_dict() for name, part in parts.items()}})
 
-    def one_step(G, D):      # compiled or not
+    def one_step(G, D):      # the networks, or torch.compile of them
         real, wrong, captions, _ = batches(step)
-        t = sentences[captions].mean(1)              # released codes: the mean of 4 captions' embeddings
+        t = sentences[captions].mean(1)              # TensorFlow code: the mean of 4 captions' embeddings
         z, *eps = torch.randn(len(t), NZ + 2 * NC, device=args.device).split((NZ, NC, NC), 1)
         eps = (None, None) if args.no_ca else eps
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
@@ -277,15 +286,15 @@ def train_stage(args, state, stage):
 
     print(f"stackgan, Stage {'I' * stage} on {args.data}: {len(dataset)} pictures at {size} px, ngf {args.ngf}, ndf {args.ndf}, "
           f"batch {args.batch_size}, {args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
-    functions = common.compiled((G, D), one_step, parts) if args.compile else (G, D)
-    count, last = args.batch_size, args.epochs * len(batches)
+    count, last = args.batch_size, max(args.epochs * len(batches), step)
+    functions = common.compiled((G, D), one_step, parts) if args.compile and step < last else (G, D)
     with common.Stop() as stop, data.Progress(last * count, "", done=step * count) as bar:
         while step < last and not stop.code:
             epoch = step // len(batches)
             for group in (*opt_g.param_groups, *opt_d.param_groups):
-                group["lr"] = args.lr * 0.5 ** (epoch // 100)                                   # halved every 100 epochs (3.5)
+                group["lr"] = args.lr * 0.5 ** (epoch // 100)      # section 3.5; TensorFlow code: every 50 in Stage I
             total += one_step(*functions)
-            # the average of as many steps as there were, up to 1 / (1 - ema): else G's first weights blur it for epochs
+            # a decay of (1 + t) / (10 + t), up to ema: else G's first weights blur its average for epochs
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
             ema.update_parameters(G)
             step += 1
@@ -311,7 +320,8 @@ def train_stage(args, state, stage):
             keep()
             print(f"saved {args.run / 'last.pt'} at step {step} of Stage {'I' * stage}; the same command continues", file=sys.stderr)
             return stop.code
-    print(f"Stage {'I' * stage}, {args.epochs} epochs done: {args.run / 'last.pt'}, grids beside it; more with --epochs")
+    print(f"Stage {'I' * stage}, {step // len(batches)} epochs done: {args.run / 'last.pt'}, grids beside it"
+          f"{'; more with --epochs' if stage == (args.stage or 2) else ''}")
     if unseen.traits:
         common.petals_follow(unseen, encoder, lambda t: draw(*average, noise(len(t), 0).to(t.device), t, args.no_ca)[-1])
     return 0
@@ -380,7 +390,7 @@ def sample(args, state):
     paint, encoder = finished(args, state)
     t = encoder.ask(args.sample)
     if args.images:
-        common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed: paint(noise(64, seed), t[i].expand(64, -1))[-1])
+        common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed, n: paint(noise(64, seed)[:n], t[i].expand(n, -1))[-1])
         return
     stages = paint(noise(args.columns, args.seed).repeat(len(t), 1), t.repeat_interleave(args.columns, 0))
     print(common.save_grid(args.run / f"sample-{common.slug(args.sample)}-{args.seed}.png", rows_of(stages, args.columns), args.columns,
@@ -418,9 +428,9 @@ def main(argv=None):
     g.add_argument("--batch-size", type=number(int, 2), default=64, help="default: 64 (section 3.5)")
     g.add_argument("--size", type=int, choices=[128, 256], default=256, help="pixels of Stage II (default: 256, section 3.5)")
     g.add_argument("--lr", type=number(float, 0, 1), default=2e-4, help="default: 0.0002, halved every 100 epochs (section 3.5)")
-    g.add_argument("--ngf", type=number(int, 4), default=128, help="width of both G (default: 128, section 3.5)")
+    g.add_argument("--ngf", type=number(int, 4), default=128, help="width of both G (default: 128, released code)")
     g.add_argument("--ndf", type=number(int, 1), default=64, help="width of both D (default: 64, released code)")
-    g.add_argument("--captions-per-image", type=number(int, 1), default=4, help="captions averaged (default: 4, released code)")
+    g.add_argument("--captions-per-image", type=number(int, 1), default=4, help="captions averaged (default: 4, TensorFlow code)")
     g.add_argument("--no-ca", action="store_true", help="ablation: no conditioning augmentation, c = mu(t)")
     args, state = common.parse(p, TOY, FIXED, argv)
     does = sample if args.sample else interpolate if args.interpolate else train

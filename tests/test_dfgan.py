@@ -201,6 +201,23 @@ def test_ablations_are_what_they_say(output, penalty):
     assert dfgan.g_loss(D, fake, e).item() == pytest.approx(-s[2].mean().item() - (D.alone_conv(h_fake).mean().item() if output == "two-way" else 0), rel=1e-9)
 
 
+def test_bf16_gradients_of_d_are_those_of_float32():
+    """Penalty and hinge under autocast, as a run with --bf16 has them; the norm of MA-GP is taken in float32. The fakes differ
+    from the real ones: where they do not, the terms of the hinge cancel and what is left is rounding, in any bf16 D."""
+    torch.manual_seed(0)
+    D = dfgan.Discriminator(8, 32)
+    for block in D.DBlocks:
+        torch.nn.init.constant_(block.gamma, 0.5)
+    real, e = torch.rand(8, 3, 32, 32) * 2 - 1, torch.randn(8, 256) / 16
+    fake = torch.randn(8, 3, 4, 4).tanh().repeat_interleave(8, 2).repeat_interleave(8, 3)
+    flat = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = dfgan.d_loss(D, real, fake, e)[0]
+        flat.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(D.parameters()), materialize_grads=True)]))
+    assert F.cosine_similarity(*flat, 0) > 0.98 and (flat[1].norm() / flat[0].norm()).item() == pytest.approx(1, abs=0.01)
+
+
 def test_one_affine_instead_of_the_dfblock():
     block, x, c = dfgan.DFBlock(4, "affine"), torch.randn(2, 4, 3, 3), torch.randn(2, 356)
     for p in block.parameters():
@@ -210,7 +227,7 @@ def test_one_affine_instead_of_the_dfblock():
 
 
 def test_g_step_leaves_d_alone_and_copied_alone_with_only_torch(tmp_path):
-    """The file in an empty folder, every import but torch's and the standard library's refused: both steps run, MA-GP is
+    """The file in an empty folder, the project's other files, torchvision and PIL refused: both steps run, MA-GP is
     finite where the gradient is zero."""
     shutil.copy(SCRIPT, tmp_path)
     code = """
@@ -294,9 +311,34 @@ def test_compile_falls_back_with_one_line(home):
     assert done.returncode == 0, done.stderr
     assert len([line for line in done.stdout.splitlines() if "torch.compile does not work here" in line]) == 1
     assert "Traceback" not in done.stderr
-    train(home, "df-eager", 1)
+    if not (home / "df-eager").exists():
+        train(home, "df-eager", 1)
     a, b = states(home, "df-nocompiler", "df-eager")
     assert same(a["G"], b["G"]) and same(a["opt_d"], b["opt_d"])
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3, None])
+def test_the_trial_of_compiled_functions_leaves_no_trace(home, fails_at, monkeypatch):
+    """Whichever of the compiled calls fails (G, D's loss, G's loss) or none: the run is the eager one, to the bit."""
+    calls = []
+
+    def compile_(f):
+        def called(*args):
+            calls.append(f)
+            if len(calls) == fails_at:
+                raise RuntimeError("cannot")
+            return f(*args)
+        return called
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    name = f"df-trial-{fails_at}"
+    done = train(home, name, 1, "--compile")
+    assert done.returncode == 0 and len(calls) == (fails_at or 3 * 6), done.stderr
+    assert ("torch.compile does not work here (RuntimeError: cannot)" in done.stdout) == bool(fails_at)
+    if not (home / "df-eager").exists():
+        train(home, "df-eager", 1)
+    a, b = states(home, name, "df-eager")
+    assert all(same(a[k], b[k]) for k in ("G", "D", "ema", "opt_g", "opt_d", "random"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -316,10 +358,16 @@ def test_sample_truncation_images_and_interpolate(home):
     before = path.read_bytes()
     assert use("--sample", "a red picture", "it is blue", "--columns", 5, "--truncation", 0.88).returncode == 0
     assert path.read_bytes() != before
-    for flags, rows in (((), 4), (("--noise",), 2)):
-        done = use("--interpolate", "a red picture", "it is blue", *flags)
-        with Image.open(home / done.stdout.split()[-1]) as image:
-            assert image.size == (8 * 34 + 2, rows * 34 + 2)
+    cells = lambda path: np.asarray(Image.open(path))[2:, 2:].reshape(-1, 34, 8, 34, 3).swapaxes(1, 2)[:, :, :32, :32]
+    sampled = cells(home / use("--sample", "a red picture", "it is blue").stdout.split()[-1])
+    sentence = cells(home / use("--interpolate", "a red picture", "it is blue").stdout.split()[-1])
+    noise = cells(home / use("--interpolate", "a red picture", "it is blue", "--noise").stdout.split()[-1])
+    assert sampled.shape[:2] == (2, 8) and sentence.shape[:2] == (4, 8) and noise.shape[:2] == (2, 8)
+    z = torch.equal(dfgan.noise(8, 0)[:4], dfgan.noise(4, 0))      # the same noise in a longer draw?
+    for row in range(4 if z else 1):                               # from A to B at the noises of the sample's columns
+        assert np.abs(sentence[row, 0].astype(int) - sampled[0, row]).max() <= 1
+        assert np.abs(sentence[row, -1].astype(int) - sampled[1, row]).max() <= 1
+    assert not np.array_equal(noise[0, 0], noise[0, -1]) and not np.array_equal(noise[0, 0], noise[1, 0])
     done = use("--sample", "a red picture", "it is blue", "--images", 70)
     folders = [home / line for line in done.stdout.splitlines()[-2:]]
     assert [len(list(f.glob("*.png"))) for f in folders] == [70, 70] and (folders[1] / "caption.txt").read_text() == "it is blue\n"
@@ -367,7 +415,7 @@ def test_a_released_checkpoint_samples_and_continues(home, prefix):
     with Image.open(home / done.stdout.split()[-1]) as image:
         assert image.size == (8 * 66 + 2, 66 + 2)
     first = dfgan.released(type("Flags", (), dict(init=home / "state_epoch_1220.pth", text_encoder=home / "runs/damsm-own/encoder.pt",
-                                                                     data="own", root="datasets", lr_g=1e-4, lr_d=4e-4))())
+                                                                     data="own", root="datasets", lr_g=1e-4, lr_d=4e-4, seed=0))())
     assert same(first["G"], G.state_dict()) and same(first["D"], D.state_dict())
     assert same(first["opt_g"]["state"], opt_g.state_dict()["state"]) and same(first["opt_d"]["state"], opt_d.state_dict()["state"])
     done = call(SCRIPT, *flags, "--epochs", 1, cwd=home)
@@ -378,7 +426,18 @@ def test_a_released_checkpoint_samples_and_continues(home, prefix):
     assert done.returncode == 2 and "--nf 64 contradicts the run" in done.stderr
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "other", "missing", "no encoder"])
+def test_two_starts_from_a_released_checkpoint_are_equal(home):
+    state_epoch(home / "twice.pth", size=32)
+    flags = ("--data", "own", "--device", "cpu", "--init", "twice.pth", "--text-encoder", "runs/damsm-own/encoder.pt", "--batch-size", 4, "--epochs", 1)
+    for name in ("df-once", "df-twice"):
+        assert call(SCRIPT, *flags, "--run", name, cwd=home).returncode == 0
+    a, b = states(home, "df-once", "df-twice")
+    assert same(a["G"], b["G"]) and same(a["D"], b["D"])
+    done = call(SCRIPT, *flags, "--run", "df-thrice", "--size", 128, cwd=home)
+    assert done.returncode == 2 and f"--size 128 contradicts {home / 'twice.pth'}, which has 32" in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "other", "missing", "no encoder", "no epoch", "no moments", "odd moments"])
 def test_a_wrong_released_file_is_one_sentence(home, damage):
     path = home / f"{damage}.pth"
     state_epoch(path)
@@ -391,6 +450,16 @@ def test_a_wrong_released_file_is_one_sentence(home, damage):
         torch.save({"model": {"netG": {"a": torch.zeros(2)}}}, path)
     if damage == "missing":
         path.unlink()
+    if damage in ("no epoch", "no moments", "odd moments"):
+        file = torch.load(path)
+        moments = file["optimizers"]["optimizer_D"]["state"]
+        if damage == "no epoch":
+            del file["epoch"]
+        elif damage == "no moments":
+            del moments[max(moments)]
+        else:
+            moments[0]["exp_avg"] = torch.zeros(7)
+        torch.save(file, path)
     flags = () if damage == "no encoder" else ("--text-encoder", "runs/damsm-own/encoder.pt")
     done = call(SCRIPT, "--data", "own", "--run", "df-bad", "--init", path, *flags, cwd=home)
     words = {"missing": "does not exist", "no encoder": "needs the DAMSM encoder"}.get(damage, "is no released DF-GAN checkpoint, or is damaged")
@@ -403,6 +472,13 @@ def test_a_wrong_released_file_is_one_sentence(home, damage):
     (("--text-encoder", "runs/char-cnn-rnn-own/encoder.pt"), "is a CharCnnRnn, this script needs damsm"),
     (("--truncation", "-1", "--sample", "a"), "-1 is not between 0 and"),
     (("--images", "0", "--sample", "a"), "0 is not between 1 and"),
+    (("--images", "3"), "--images says how to draw; add --sample"),
+    (("--noise",), "--noise says how to draw; add --interpolate"),
+    (("--truncation", "1"), "--truncation says how to draw"),
+    (("--sample", "a", "--interpolate", "a", "b"), "not allowed with argument"),
+    (("--run", "own/red/0.png"), "is a file; give a folder"),
+    (("--device", "meta"), "--device meta is not to be had here"),
+    (("--nf", "100000000"), "out of memory; give a smaller --batch-size"),
 ])
 def test_bad_input_is_one_sentence(home, flags, words):
     done = call(SCRIPT, "--data", "own", *flags, cwd=home)
