@@ -8,7 +8,9 @@ damsm         Xu et al., "AttnGAN", CVPR 2018, section 3.2: bi-LSTM, 256-d words
 A model script trains the one it needs by itself where none is found. Encoders lie in runs/<encoder>-<data>/encoder.pt.
 """
 import argparse
+import contextlib
 import copy
+import datetime
 import hashlib
 import math
 import os
@@ -16,10 +18,13 @@ import pickle
 import re
 import signal
 import sys
+import time
+import traceback
 import zlib
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -31,11 +36,18 @@ from data import Progress, UserError
 def guard(main):
     """Run a command line; what the user can put right is one sentence and status 2, never a traceback."""
     try:
-        return main()
+        code = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code
     except (UserError, OSError) as error:      # OSError: a full disk, a forbidden folder
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
+        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            print(f"{Path(sys.argv[0]).name}: error: process {dist.get_rank()} lost another one ({str(error).splitlines()[0][:120]}); "
+                  f"the same command continues from the last save", file=sys.__stderr__)
+            os._exit(1)                                            # an orderly end would wait for the lost one
         if not out_of_memory(error):
             raise
         print(f"{Path(sys.argv[0]).name}: error: out of memory; give a smaller --batch-size, a smaller --size or a narrower "
@@ -60,10 +72,19 @@ class Stop:
         return self
 
     def ask(self, number, frame):
-        if self.code:
+        # torchrun passes a Ctrl-C on that the terminal has sent to all already: that is no second one
+        if self.code and not (dist.is_initialized() and time.time() - self.since < 2):
             os._exit(self.code)
-        self.code = 128 + number
+        self.code, self.since = 128 + number, time.time()
         print("\nfinishing this step and saving; once more stops at once", file=sys.stderr)
+
+    def asked(self):
+        """The code, once any process was asked: all of them stop after the same step."""
+        if dist.is_initialized():
+            code = torch.tensor(self.code)
+            dist.all_reduce(code, dist.ReduceOp.MAX)
+            self.code = int(code)
+        return self.code
 
     def __exit__(self, *error):
         for s, handler in self.before.items():
@@ -72,6 +93,8 @@ class Stop:
 
 def save(path, state):
     """torch.save to a temporary name, flushed, then renamed: an interrupted write never costs the last good file."""
+    if processes()[0]:
+        return
     try:
         with data.writing(path) as part, open(part, "wb") as file:
             torch.save(state, file)
@@ -95,12 +118,12 @@ def load(path, kind):
 
 
 def random_state(state=None):
-    """The random states of torch on CPU and GPUs; given one, restores it."""
+    """The random states of torch on the CPU and on this process's GPU; given one, restores it."""
     if state is not None:
         torch.set_rng_state(state["cpu"])
-        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        if torch.cuda.is_available() and state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"])
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
 def parser(script, doc, toy):
@@ -149,6 +172,7 @@ def parse(p, toy, fixed, argv=None, begin=None):
 
     first = read(lambda argv: p.parse_known_args(argv)[0])
     run = Path(first.run or f"runs/{script}-{Path(first.data).resolve().name}")
+    place = join(device(first.device))
     if run.exists() and not run.is_dir():
         raise UserError(f"--run {run} is a file; give a folder")
     begun = (run / "last.pt").exists()
@@ -167,10 +191,74 @@ def parse(p, toy, fixed, argv=None, begin=None):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts "
                             f"{f'the run in {run}' if begun else args.init}, which has {state['args'][name]}; "
                             f"leave the flag out{', or give another --run' if begun else ''}")
-    args.device = device(args.device)
-    on_gpu = args.device.startswith("cuda")
+    args.device = place
+    on_gpu = place.startswith("cuda")
     args.bf16, args.compile = (on_gpu if flag is None else flag for flag in (args.bf16, args.compile))
     return args, state
+
+
+# torchrun starts one process a GPU. Each takes its share of a joint batch; the first alone prepares, prints and writes. The
+# random numbers of all of them are those of one process with the joint batch.
+
+def join(name):
+    """The device of this process: under torchrun (which sets WORLD_SIZE) the GPU of its number, once it has joined the others."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return name
+    on_gpu, local = name.startswith("cuda"), int(os.environ["LOCAL_RANK"])
+    if on_gpu:
+        if local >= torch.cuda.device_count():
+            raise UserError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here; give --nproc-per-node less")
+        torch.cuda.set_device(local)
+    # a day: the others wait while the first prepares data and trains a text encoder; torchrun itself notices the dead
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
+    if dist.get_rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+    return f"cuda:{local}" if on_gpu else name
+
+
+def processes():
+    """(number of this process, how many there are): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def first():
+    """The block runs in the first process, then in the others, which find prepared what it has written. (Machines share a
+    folder.)"""
+    number, count = processes()
+    if number:
+        dist.all_reduce(torch.zeros(1))
+    yield
+    if number == 0 and count > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+def share(nets, optimizers):
+    """With several processes: one all-reduce of all gradients before each step of an optimiser, and batch norm over the joint
+    batch on GPUs (torch has none for CPUs: there each process normalises by its share)."""
+    count = processes()[1]
+
+    def mean_of_gradients(optimizer, args, kwargs):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        joint = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(joint)
+        for g, mean in zip(grads, (joint / count).split([g.numel() for g in grads])):
+            g.copy_(mean.view_as(g))
+
+    for net in nets if count > 1 else ():
+        if next(net.parameters()).is_cuda:
+            nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for optimizer in optimizers if count > 1 else ():
+        optimizer.register_step_pre_hook(mean_of_gradients)
+
+
+def mean(x):
+    """The mean of x over the processes."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
 
 
 def compiled(functions, step, parts):
@@ -218,6 +306,8 @@ def save_grid(path, images, columns, captions=()):
     """images (N, 3, S, S) in [-1, 1] -> a PNG with `columns` pictures a row; captions, one a row, beside it as .txt."""
     from torchvision.utils import save_image
     path = Path(path)
+    if processes()[0]:
+        return path
     with data.writing(path) as part:
         save_image(images.float(), part, format="png", nrow=columns, normalize=True, value_range=(-1, 1))
     if captions:
@@ -249,6 +339,8 @@ def slug(captions):
 
 def save_log(path, rows):
     """Rows, dicts of one set of keys, as csv. The checkpoint keeps the rows, so a resumed log has no gap and no double."""
+    if processes()[0]:
+        return
     with data.writing(path) as part:
         part.write_text("\n".join(",".join(map(str, line)) for line in [rows[0], *([r[k] for k in rows[0]] for r in rows)]) + "\n")
 

@@ -500,11 +500,13 @@ class Batches:
     """Batches as a pure function of (seed, step): a resumed run needs only the step to see the same ones.
 
     An epoch is a permutation of the pictures, in len(self) batches. Sets of up to a quarter of the device's memory live
-    there; a larger one stays in the memory map and only its batches travel. wrong: "image", "caption" or None."""
+    there; a larger one stays in the memory map and only its batches travel. wrong: "image" or "caption" of another class,
+    "previous" (the caption of the picture before, whatever its class) or None. part: (i, n), the i-th of n processes has the
+    i-th batch_size pictures of a joint batch of n batch_size."""
 
-    def __init__(self, dataset, batch_size, seed=0, device="cpu", captions=1, wrong="image"):
-        self.data, self.batch_size, self.seed, self.device = dataset, batch_size, seed, torch.device(device)
-        self.k, self.wrong = captions, wrong
+    def __init__(self, dataset, batch_size, seed=0, device="cpu", captions=1, wrong="image", part=(0, 1)):
+        self.data, self.batch_size, self.seed, self.device = dataset, batch_size * part[1], seed, torch.device(device)
+        self.k, self.wrong, self.part = captions, wrong, slice(part[0] * batch_size, (part[0] + 1) * batch_size)
         images = dataset.images
         if self.device.type == "cuda" and images.numel() < torch.cuda.get_device_properties(self.device).total_memory / 4:
             images = images.to(self.device)
@@ -518,12 +520,13 @@ class Batches:
     def __len__(self):
         return max(1, len(self.data) // self.batch_size)
 
-    def look(self, index, rng):
+    def look(self, index, rng, part=slice(None)):
         """A random crop of each picture, every other one mirrored, gathered in one go: (B, 3, S, S) in [-1, 1]."""
         d = self.crops.device
         y, x = torch.randint(self.crops.shape[2], (2, len(index)), generator=rng)
-        crops = self.crops[index.to(d), :, y.to(d), x.to(d)].to(self.device)
-        crops[1::2] = crops[1::2].flip(3)                        # the order is random: each is mirrored half of the time
+        crops = self.crops[index[part].to(d), :, y[part].to(d), x[part].to(d)].to(self.device)
+        odd = (torch.arange(len(index))[part] % 2).nonzero().flatten().to(self.device)     # in random order: half of the time
+        crops[odd] = crops[odd].flip(3)
         return crops.float().div_(127.5).sub_(1)
 
     def say(self, index, rng):
@@ -545,7 +548,12 @@ class Batches:
         order = order.repeat(-(-self.batch_size // len(order)))              # fewer pictures than a batch: repeat
         index = order[at * self.batch_size:(at + 1) * self.batch_size]
         rng = torch.Generator().manual_seed((self.seed * 2**20 + step) ^ 0x5DEECE66D)
-        other = self.another(index, rng)
-        images = self.look(torch.cat((index, other)) if self.wrong == "image" else index, rng).split(self.batch_size)
-        wrong = images[1] if self.wrong == "image" else self.say(other, rng).to(self.device) if self.wrong else None
-        return Batch(images[0], wrong, self.say(index, rng).to(self.device), self.data.classes[index].to(self.device))
+        other, part = self.another(index, rng), self.part
+        both = torch.cat((index, other)) if self.wrong == "image" else index
+        images = self.look(both, rng, torch.arange(len(both)).view(-1, self.batch_size)[:, part].flatten()).split(part.stop - part.start)
+        captions, wrong = self.say(index, rng), None
+        if self.wrong == "image":
+            wrong = images[1]
+        elif self.wrong:
+            wrong = (self.say(other, rng) if self.wrong == "caption" else captions.roll(1, 0))[part].to(self.device)
+        return Batch(images[0], wrong, captions[part].to(self.device), self.data.classes[index[part]].to(self.device))

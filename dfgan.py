@@ -163,12 +163,12 @@ def ma_gp(*grads, k=2, p=6):
     return k * (s ** (p / 2)).mean()
 
 
-def d_loss(D, real, fake, e, penalty="ma"):
+def d_loss(D, real, wrong, fake, e, penalty="ma"):
     """All that D minimises, and D(real), D(wrong), D(fake), MA-GP beside it: (5,). One graph for torch.compile, which cannot
     take the gradient of a gradient through torch.autograd.grad, but can through torch.func.grad.
 
-    penalty: "ma"; "real", of pictures alone; "none". The wrong pair: the features of the next picture of the batch, which
-    costs D's head alone (released code; it may by chance fit)."""
+    real, fake (B, 3, S, S), e (B, 256); wrong (B, 256), sentences that do not fit real: those of the batch moved by one, as
+    released (one may fit by chance), which costs D's head alone. penalty: "ma"; "real", of pictures alone; "none"."""
     def score(x, e):
         h = D.features(x)
         s = D.score(h, e)
@@ -180,7 +180,7 @@ def d_loss(D, real, fake, e, penalty="ma"):
     else:
         grads, (h, s_real) = torch.func.grad(score, (0, 1) if penalty == "ma" else (0,), has_aux=True)(real, e)
         gp = ma_gp(*grads)
-    s_wrong, h_fake = D.score(h.roll(-1, 0), e), D.features(fake)
+    s_wrong, h_fake = D.score(h, wrong), D.features(fake)
     s_fake = D.score(h_fake, e)
     loss = d_hinge(s_real, s_wrong, s_fake) + gp
     if D.alone_conv is not None:      # two-way: D also judges pictures alone; the penalty stays with the joint score
@@ -197,9 +197,9 @@ def g_loss(D, fake, e):
 
 # ---------------------------------------------------------------------------------------------------- steps
 
-def d_step(D, opt_d, real, fake, e, penalty="ma", loss_of=d_loss):
-    """Minimise d_loss over D. real, fake (B, 3, S, S), e (B, 256). loss_of: d_loss, or d_loss compiled."""
-    loss, seen = loss_of(D, real, fake.detach(), e, penalty)
+def d_step(D, opt_d, real, wrong, fake, e, penalty="ma", loss_of=d_loss):
+    """Minimise d_loss over D. real, fake (B, 3, S, S), e (B, 256), wrong (B, 256), e.roll(1, 0). loss_of: d_loss, or d_loss compiled."""
+    loss, seen = loss_of(D, real, wrong, fake.detach(), e, penalty)
     opt_d.zero_grad()
     loss.backward()
     opt_d.step()
@@ -230,17 +230,20 @@ def train(args, state):
     import common
     import data
     torch.set_float32_matmul_precision("high")
-    dataset, unseen = (data.load(args.data, split, args.size, args.root) for split in ("train", "test"))
-    if state:
-        encoder, note = common.rebuild(state["text_encoder"]).to(args.device), state["text_note"]
-        print(f"text encoder: {note} (kept in {args.run / 'last.pt'})")
-    else:
-        encoder, note = common.text_encoder("damsm", args.data, args.root, args.device, args.text_encoder,
-                                            image_features=args.image_features)
-    sentences = common.embeddings(encoder, dataset)                                             # (captions, 256)
-    batches = data.Batches(dataset, args.batch_size, args.seed, args.device, wrong=None)
+    with common.first():
+        dataset, unseen = (data.load(args.data, split, args.size, args.root) for split in ("train", "test"))
+        if state:
+            encoder, note = common.rebuild(state["text_encoder"]).to(args.device), state["text_note"]
+            print(f"text encoder: {note} (kept in {args.run / 'last.pt'})")
+        else:
+            encoder, note = common.text_encoder("damsm", args.data, args.root, args.device, args.text_encoder,
+                                                image_features=args.image_features)
+        sentences = common.embeddings(encoder, dataset)                                             # (captions, 256)
+    number, among = common.processes()
+    batches = data.Batches(dataset, args.batch_size, args.seed, args.device, wrong="previous", part=(number, among))
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = make(args.nf, args.size, args.lr_g, args.lr_d, args.device, args.output, args.fusion)
+    common.share((G, D), (opt_g, opt_d))
     ema = AveragedModel(G, use_buffers=True)
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     step, rows, total = 0, [], torch.zeros(6, device=args.device)
@@ -264,23 +267,23 @@ def train(args, state):
             **{name: part.state_dict() for name, part in parts.items()}})
 
     def one_step(G, d_loss, g_loss):     # the functions themselves, or torch.compile of them
-        real, _, captions, _ = batches(step)
-        e = sentences[captions[:, 0]]
+        real, wrong, captions, _ = batches(step)
+        e, wrong = sentences[captions[:, 0]], sentences[wrong[:, 0]]
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
             # one G(z, e) serves both steps, as released
-            fake = G(torch.randn(len(e), NZ, device=args.device), e)
-            of_d = d_step(D, opt_d, real, fake, e, args.penalty, d_loss)
+            fake = G(torch.randn(among, len(e), NZ, device=args.device)[number], e)
+            of_d = d_step(D, opt_d, real, wrong, fake, e, args.penalty, d_loss)
             return torch.cat((g_step(D, opt_g, fake, e, g_loss)[None], of_d))
 
-    print(f"dfgan on {args.data}: {len(dataset)} pictures at {args.size} px, nf {args.nf}, batch {args.batch_size}, "
+    print(f"dfgan on {args.data}: {len(dataset)} pictures at {args.size} px, nf {args.nf}, batch {args.batch_size * among}, "
           f"{args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
-    count, last = args.batch_size, max(args.epochs * len(batches), step)
+    count, last = args.batch_size * among, max(args.epochs * len(batches), step)
     functions = G, d_loss, g_loss
     if args.compile and step < last:
         functions = common.compiled(functions, one_step, parts)
     with common.Stop() as stop, data.Progress(last * count, "", done=step * count) as bar:
-        while step < last and not stop.code:
-            total += one_step(*functions)
+        while step < last and not stop.asked():
+            total += common.mean(one_step(*functions))
             # a decay of (1 + t) / (10 + t), up to ema: else G's first weights blur its average for epochs
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
             ema.update_parameters(G)

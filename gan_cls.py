@@ -179,17 +179,21 @@ def train(args, state):
     import data
     torch.set_float32_matmul_precision("high")
     cls, mix = "cls" in args.variant, "int" in args.variant
-    dataset, unseen = (data.load(args.data, split, SIZE, args.root) for split in ("train", "test"))
-    if state:
-        encoder, note = common.rebuild(state["text_encoder"]).to(args.device), state["text_note"]
-        print(f"text encoder: {note} (kept in {args.run / 'last.pt'})")
-    else:
-        encoder, note = common.text_encoder("char-cnn-rnn", args.data, args.root, args.device, args.text_encoder,
-                                            image_features=args.image_features)
-    sentences = common.embeddings(encoder, dataset)                                             # (captions, 1024)
-    batches = data.Batches(dataset, args.batch_size, args.seed, args.device, args.captions_per_image, "image" if cls else None)
+    with common.first():
+        dataset, unseen = (data.load(args.data, split, SIZE, args.root) for split in ("train", "test"))
+        if state:
+            encoder, note = common.rebuild(state["text_encoder"]).to(args.device), state["text_note"]
+            print(f"text encoder: {note} (kept in {args.run / 'last.pt'})")
+        else:
+            encoder, note = common.text_encoder("char-cnn-rnn", args.data, args.root, args.device, args.text_encoder,
+                                                image_features=args.image_features)
+        sentences = common.embeddings(encoder, dataset)                                             # (captions, 1024)
+    number, among = common.processes()
+    batches = data.Batches(dataset, args.batch_size, args.seed, args.device, args.captions_per_image, "image" if cls else None,
+                           (number, among))
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = make(args.ngf, args.ndf, args.lr, args.device)
+    common.share((G, D), (opt_g, opt_d))
     ema = AveragedModel(G, use_buffers=True)
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     step, rows, total = 0, [], torch.zeros(5, device=args.device)
@@ -218,20 +222,20 @@ def train(args, state):
         t_g = torch.cat((t, halfway(t))) if mix else t
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
             # one G(z, t) serves both steps, as in Algorithm 1; released code: draws anew for G's step
-            fake = G(torch.randn(len(t_g), NZ, device=args.device), t_g)
+            fake = G(torch.randn(among, len(t_g), NZ, device=args.device)[number], t_g)
             of_d = d_step(D, opt_d, real, wrong, fake[:len(t)], t)
             return torch.cat((g_step(D, opt_g, fake, t_g)[None], of_d))
 
-    print(f"gan_cls on {args.data}: {len(dataset)} pictures, {args.variant}, ngf {args.ngf}, ndf {args.ndf}, batch {args.batch_size}, "
+    print(f"gan_cls on {args.data}: {len(dataset)} pictures, {args.variant}, ngf {args.ngf}, ndf {args.ndf}, batch {args.batch_size * among}, "
           f"{args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
-    count, last = args.batch_size, max(args.epochs * len(batches), step)
+    count, last = args.batch_size * among, max(args.epochs * len(batches), step)
     functions = common.compiled((G, D), one_step, parts) if args.compile and step < last else (G, D)
     with common.Stop() as stop, data.Progress(last * count, "", done=step * count) as bar:
-        while step < last and not stop.code:
+        while step < last and not stop.asked():
             epoch = step // len(batches)
             for group in (*opt_g.param_groups, *opt_d.param_groups):
                 group["lr"] = args.lr * 0.5 ** (epoch // 100)                                   # halved every 100 epochs
-            total += one_step(*functions)
+            total += common.mean(one_step(*functions))
             # a decay of (1 + t) / (10 + t), up to ema: else G's first weights blur its average for epochs
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
             ema.update_parameters(G)

@@ -233,17 +233,20 @@ def train_stage(args, state, stage):
     import data
     torch.set_float32_matmul_precision("high")
     size = 64 if stage == 1 else args.size
-    dataset, unseen = (data.load(args.data, split, size, args.root) for split in ("train", "test"))
-    if state:
-        encoder, note = common.rebuild(state["text_encoder"]).to(args.device), state["text_note"]
-        print(f"text encoder: {note} (kept in {args.run / 'last.pt'})")
-    else:
-        encoder, note = common.text_encoder("char-cnn-rnn", args.data, args.root, args.device, args.text_encoder,
-                                            image_features=args.image_features)
-    sentences = common.embeddings(encoder, dataset)                                             # (captions, 1024)
-    batches = data.Batches(dataset, args.batch_size, args.seed, args.device, args.captions_per_image)
+    with common.first():
+        dataset, unseen = (data.load(args.data, split, size, args.root) for split in ("train", "test"))
+        if state:
+            encoder, note = common.rebuild(state["text_encoder"]).to(args.device), state["text_note"]
+            print(f"text encoder: {note} (kept in {args.run / 'last.pt'})")
+        else:
+            encoder, note = common.text_encoder("char-cnn-rnn", args.data, args.root, args.device, args.text_encoder,
+                                                image_features=args.image_features)
+        sentences = common.embeddings(encoder, dataset)                                             # (captions, 1024)
+    number, among = common.processes()
+    batches = data.Batches(dataset, args.batch_size, args.seed, args.device, args.captions_per_image, part=(number, among))
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = make(stage, args.ngf, args.ndf, args.size, args.lr, args.device)
+    common.share((G, D), (opt_g, opt_d))
     ema = AveragedModel(G, use_buffers=True)
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     step, rows, total = 0, state["rows"] if state else [], torch.zeros(6, device=args.device)
@@ -273,7 +276,7 @@ def train_stage(args, state, stage):
     def one_step(G, D):      # the networks, or torch.compile of them
         real, wrong, captions, _ = batches(step)
         t = sentences[captions].mean(1)              # TensorFlow code: the mean of 4 captions' embeddings
-        z, *eps = torch.randn(len(t), NZ + 2 * NC, device=args.device).split((NZ, NC, NC), 1)
+        z, *eps = torch.randn(among, len(t), NZ + 2 * NC, device=args.device)[number].split((NZ, NC, NC), 1)
         eps = (None, None) if args.no_ca else eps
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
             if G1:
@@ -285,15 +288,15 @@ def train_stage(args, state, stage):
             return torch.stack((g_step(D, opt_g, fake, t, kl), kl.detach(), *of_d))
 
     print(f"stackgan, Stage {'I' * stage} on {args.data}: {len(dataset)} pictures at {size} px, ngf {args.ngf}, ndf {args.ndf}, "
-          f"batch {args.batch_size}, {args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
-    count, last = args.batch_size, max(args.epochs * len(batches), step)
+          f"batch {args.batch_size * among}, {args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
+    count, last = args.batch_size * among, max(args.epochs * len(batches), step)
     functions = common.compiled((G, D), one_step, parts) if args.compile and step < last else (G, D)
     with common.Stop() as stop, data.Progress(last * count, "", done=step * count) as bar:
-        while step < last and not stop.code:
+        while step < last and not stop.asked():
             epoch = step // len(batches)
             for group in (*opt_g.param_groups, *opt_d.param_groups):
                 group["lr"] = args.lr * 0.5 ** (epoch // 100)      # section 3.5; TensorFlow code: every 50 in Stage I
-            total += one_step(*functions)
+            total += common.mean(one_step(*functions))
             # a decay of (1 + t) / (10 + t), up to ema: else G's first weights blur its average for epochs
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
             ema.update_parameters(G)

@@ -52,7 +52,7 @@ def main():
     def ours(form, G, D, opt_g, opt_d, images, sentences):
         with torch.autocast(a.device.split(":")[0], torch.bfloat16, enabled="bf16" in form):
             fake = form_of[form][0](torch.randn(len(images), dfgan.NZ, device=a.device), sentences)
-            dfgan.d_step(D, opt_d, images, fake, sentences, loss_of=form_of[form][1])
+            dfgan.d_step(D, opt_d, images, sentences.roll(1, 0), fake, sentences, loss_of=form_of[form][1])
             dfgan.g_step(D, opt_g, fake, sentences, loss_of=form_of[form][2])
 
     for batch in a.batch:

@@ -52,7 +52,7 @@ def test_golden_forward_losses_gradients_and_one_update(backend):
     h = D.features(x)
     close(h, z["features"]), close(D.score(h, e), z["logits"])
 
-    loss, seen = loss_d(D, x, fake.detach(), e)
+    loss, seen = loss_d(D, x, e.roll(1, 0), fake.detach(), e)
     close(loss, z["loss_D"]), close(seen[4], z["loss_magp"])
     grads = torch.autograd.grad(loss, list(D.parameters()))
     close(torch.cat([g.flatten() for g in grads]).norm(), z["grad_D_norm"])
@@ -60,7 +60,7 @@ def test_golden_forward_losses_gradients_and_one_update(backend):
     close(by_name["conv_img.weight"], z["grad_D.conv_img.weight"])
     close(by_name["joint_conv.0.weight"].mean(), z["grad_C.joint_conv.0.weight.mean"], 1e-3)      # a mean of 1e5 that cancel
 
-    dfgan.d_step(D, opt_d, x, fake, e, loss_of=loss_d)
+    dfgan.d_step(D, opt_d, x, e.roll(1, 0), fake, e, loss_of=loss_d)
     loss = dfgan.g_step(D, opt_g, fake, e, loss_of=loss_g)
     close(loss, z["loss_G"])
     close(torch.cat([p.grad.flatten() for p in G.parameters()]).norm(), z["grad_G_norm"])
@@ -164,7 +164,7 @@ def test_gradients_of_gradients_against_finite_differences():
     assert slope == pytest.approx(((inner[0] * dx).sum() + (inner[1] * de).sum()).item(), rel=1e-6)
 
     weights = list(D.parameters())
-    loss = dfgan.d_loss(D, real, fake, e, "ma")[0] - dfgan.d_loss(D, real, fake, e, "none")[0]      # MA-GP alone
+    loss = dfgan.d_loss(D, real, e.roll(1, 0), fake, e, "ma")[0] - dfgan.d_loss(D, real, e.roll(1, 0), fake, e, "none")[0]      # MA-GP alone
     grads = torch.autograd.grad(loss, weights, allow_unused=True)
     assert loss.item() > 1e-4
     for _ in range(5):
@@ -187,7 +187,7 @@ def test_gradients_of_gradients_against_finite_differences():
 @pytest.mark.parametrize("penalty", ["ma", "real", "none"])
 def test_ablations_are_what_they_say(output, penalty):
     D, real, fake, e = small(output)
-    loss, seen = dfgan.d_loss(D, real, fake, e, penalty)
+    loss, seen = dfgan.d_loss(D, real, e.roll(1, 0), fake, e, penalty)
     x, t = real.clone().requires_grad_(), e.clone().requires_grad_()
     h, h_fake = D.features(x), D.features(fake)
     s = D.score(h, t), D.score(h.roll(-1, 0), e), D.score(h_fake, e)
@@ -213,7 +213,7 @@ def test_bf16_gradients_of_d_are_those_of_float32():
     flat = []
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = dfgan.d_loss(D, real, fake, e)[0]
+            loss = dfgan.d_loss(D, real, e.roll(1, 0), fake, e)[0]
         flat.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(D.parameters()), materialize_grads=True)]))
     assert F.cosine_similarity(*flat, 0) > 0.98 and (flat[1].norm() / flat[0].norm()).item() == pytest.approx(1, abs=0.01)
 
@@ -241,13 +241,13 @@ import torch, dfgan
 G, D, opt_g, opt_d = dfgan.make(2, 32)
 e, real = torch.randn(4, 256), torch.randn(4, 3, 32, 32)
 fake = G(torch.randn(4, 100), e)
-seen = dfgan.d_step(D, opt_d, real, fake, e)
+seen = dfgan.d_step(D, opt_d, real, e.roll(1, 0), fake, e)
 before = [p.clone() for p in D.parameters()]
 loss_g = dfgan.g_step(D, opt_g, fake, e)
 assert torch.isfinite(seen).all() and torch.isfinite(loss_g)
 assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(before, D.parameters()))
 torch.nn.init.zeros_(D.joint_conv[2].weight)
-assert dfgan.d_step(D, opt_d, real, fake, e)[4] == 0
+assert dfgan.d_step(D, opt_d, real, e.roll(1, 0), fake, e)[4] == 0
 assert all(torch.isfinite(p.grad).all() for p in D.parameters() if p.grad is not None)
 print('both steps ran')
 """
@@ -387,7 +387,7 @@ def state_epoch(path, nf=2, size=64, prefix=""):
     torch.manual_seed(1)
     G, D, opt_g, opt_d = dfgan.make(nf, size)
     fake = G(torch.randn(4, 100), e := torch.randn(4, 256))
-    dfgan.d_step(D, opt_d, torch.randn(4, 3, size, size), fake, e), dfgan.g_step(D, opt_g, fake, e)
+    dfgan.d_step(D, opt_d, torch.randn(4, 3, size, size), e.roll(1, 0), fake, e), dfgan.g_step(D, opt_g, fake, e)
     d, moments, number = {}, {}, 0
     for i, (name, p) in enumerate(D.named_parameters()):
         if name.startswith("joint_conv.0") and size > 32:      # after the last block: conv_s of its equal widths, never used
