@@ -37,25 +37,29 @@ def guard(main):
     """Run a command line; what the user can put right is one sentence and status 2, never a traceback."""
     try:
         code = main()
-        if dist.is_initialized():
+        if joined():
             dist.destroy_process_group()
         return code
-    except (UserError, OSError) as error:      # OSError: a full disk, a forbidden folder
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            print(f"{Path(sys.argv[0]).name}: error: process {dist.get_rank()} lost another one ({str(error).splitlines()[0][:120]}); "
-                  f"the same command continues from the last save", file=sys.__stderr__)
-            os._exit(1)                                            # an orderly end would wait for the lost one
-        if not out_of_memory(error):
-            raise
-        print(f"{Path(sys.argv[0]).name}: error: out of memory; give a smaller --batch-size, a smaller --size or a narrower "
-              f"network ({str(error).splitlines()[0][:120]})", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: stopped; the same command starts again where the last save was", file=sys.stderr)
         return 130
+    except (UserError, OSError, RuntimeError) as error:      # OSError: a full disk, a forbidden folder
+        message, code, gone = str(error), 2, joined() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        if gone:
+            message, code = f"lost another process ({message.splitlines()[0][:120]}); the same command continues from the last save", 1
+        elif out_of_memory(error):
+            message = (f"out of memory; give a smaller --batch-size, a smaller --size or a narrower network "
+                       f"({message.splitlines()[0][:120]})")
+        elif isinstance(error, RuntimeError):
+            raise
+        if processes()[0]:
+            time.sleep(3)          # the first says the same and ends all; if not, it is this one's own error
+            message = f"process {processes()[0]}: {message}"
+        sys.stdout.flush()
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.__stderr__ if processes()[0] else sys.stderr)
+        if gone:
+            os._exit(code)         # an orderly end would wait for the lost one
+        return code
 
 
 def out_of_memory(error):
@@ -72,18 +76,19 @@ class Stop:
         return self
 
     def ask(self, number, frame):
-        # torchrun passes a Ctrl-C on that the terminal has sent to all already: that is no second one
-        if self.code and not (dist.is_initialized() and time.time() - self.since < 2):
+        # of several processes each is asked, within a moment, and may know from the others already: that is no second time
+        if self.code and not (joined() and time.time() - self.since < 2):
             os._exit(self.code)
         self.code, self.since = 128 + number, time.time()
         print("\nfinishing this step and saving; once more stops at once", file=sys.stderr)
 
     def asked(self):
         """The code, once any process was asked: all of them stop after the same step."""
-        if dist.is_initialized():
+        if joined():
             code = torch.tensor(self.code)
             dist.all_reduce(code, dist.ReduceOp.MAX)
-            self.code = int(code)
+            if code and not self.code:
+                self.code, self.since = int(code), time.time()
         return self.code
 
     def __exit__(self, *error):
@@ -121,7 +126,7 @@ def random_state(state=None):
     """The random states of torch on the CPU and on this process's GPU; given one, restores it."""
     if state is not None:
         torch.set_rng_state(state["cpu"])
-        if torch.cuda.is_available() and state["cuda"] is not None:
+        if torch.cuda.is_available() and isinstance(state["cuda"], torch.Tensor):
             torch.cuda.set_rng_state(state["cuda"])
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
@@ -172,7 +177,7 @@ def parse(p, toy, fixed, argv=None, begin=None):
 
     first = read(lambda argv: p.parse_known_args(argv)[0])
     run = Path(first.run or f"runs/{script}-{Path(first.data).resolve().name}")
-    place = join(device(first.device))
+    place = join(first.device)
     if run.exists() and not run.is_dir():
         raise UserError(f"--run {run} is a file; give a folder")
     begun = (run / "last.pt").exists()
@@ -185,6 +190,8 @@ def parse(p, toy, fixed, argv=None, begin=None):
     for flag, needs in (("images", "sample"), ("style", "sample"), ("noise", "interpolate")):
         if getattr(args, flag, None) and not getattr(args, needs):
             raise UserError(f"--{flag} says how to draw; add --{needs} and captions")
+    if processes()[0] and (args.sample or args.interpolate):       # the first process draws
+        raise SystemExit(0)
     args.run, args.data = run, data.source(args.data)
     for name in fixed if state and not (args.sample or args.interpolate) else ():
         if getattr(args, name) != state["args"][name]:
@@ -197,53 +204,65 @@ def parse(p, toy, fixed, argv=None, begin=None):
     return args, state
 
 
-# torchrun starts one process a GPU. Each takes its share of a joint batch; the first alone prepares, prints and writes. The
-# random numbers of all of them are those of one process with the joint batch.
+# torchrun starts one process a GPU. Each takes its share of every batch; the first alone prepares, prints and writes. The noise
+# of all of them is that of one process with the whole batch.
 
-def join(name):
-    """The device of this process: under torchrun (which sets WORLD_SIZE) the GPU of its number, once it has joined the others."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        return name
-    on_gpu, local = name.startswith("cuda"), int(os.environ["LOCAL_RANK"])
-    if on_gpu:
-        if local >= torch.cuda.device_count():
-            raise UserError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here; give --nproc-per-node less")
-        torch.cuda.set_device(local)
-    # a day: the others wait while the first prepares data and trains a text encoder; torchrun itself notices the dead
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
-    if dist.get_rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
-    return f"cuda:{local}" if on_gpu else name
+def joined():
+    return dist.is_available() and dist.is_initialized()
 
 
 def processes():
     """(number of this process, how many there are): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if joined() else (0, 1)
+
+
+def join(name):
+    """The device of this process, by name; under torchrun the GPU of its number, once it has joined the others."""
+    if "LOCAL_RANK" not in os.environ or joined():
+        name = device(name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)
+        return name
+    local = int(os.environ["LOCAL_RANK"])
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{local}"
+        if local >= torch.cuda.device_count():
+            raise UserError(f"there are {torch.cuda.device_count()} GPUs here; give torchrun --nproc-per-node {torch.cuda.device_count()}")
+        torch.cuda.set_device(local)                               # first of all: else each takes memory of GPU 0
+    name = device(name)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo")
+    if dist.get_rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+    return name
 
 
 @contextlib.contextmanager
 def first():
     """The block runs in the first process, then in the others, which find prepared what it has written. (Machines share a
-    folder.)"""
+    folder.) They wait for up to a day: preparing may mean downloads and training a text encoder."""
     number, count = processes()
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)) if count > 1 else None
     if number:
-        dist.all_reduce(torch.zeros(1))
+        dist.all_reduce(torch.zeros(1), group=group)
     yield
     if number == 0 and count > 1:
-        dist.all_reduce(torch.zeros(1))
+        dist.all_reduce(torch.zeros(1), group=group)
 
 
-def share(nets, optimizers):
-    """With several processes: one all-reduce of all gradients before each step of an optimiser, and batch norm over the joint
-    batch on GPUs (torch has none for CPUs: there each process normalises by its share)."""
+def share(nets, optimizers, batch_size):
+    """With several processes: one all-reduce of all gradients before each step of an optimiser, and batch norm over the whole
+    batch on GPUs (torch has none for CPUs: there each process normalises by its share). batch_size: to be split."""
     count = processes()[1]
+    if batch_size % count or batch_size < 2 * count:
+        raise UserError(f"--batch-size {batch_size} cannot be split among {count} processes; give a multiple of {count}, {2 * count} at least")
 
     def mean_of_gradients(optimizer, args, kwargs):
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         joint = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(joint)
-        for g, mean in zip(grads, (joint / count).split([g.numel() for g in grads])):
+        joint /= count
+        for g, mean in zip(grads, joint.split([g.numel() for g in grads])):
             g.copy_(mean.view_as(g))
 
     for net in nets if count > 1 else ():
@@ -255,7 +274,7 @@ def share(nets, optimizers):
 
 def mean(x):
     """The mean of x over the processes."""
-    if dist.is_initialized():
+    if joined():
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x
@@ -272,6 +291,8 @@ def compiled(functions, step, parts):
     except Exception as error:     # no C++ compiler, no Triton, a graph it cannot take: errors of every kind
         if out_of_memory(error):
             raise
+        if processes()[1] > 1:                                     # the others may have gone further: nothing fits any more
+            raise UserError(f"torch.compile does not work here ({type(error).__name__}); give --no-compile") from None
         print(f"torch.compile does not work here ({type(error).__name__}: {' '.join(str(error).split())[:100]}); going on without it")
     for name, part in parts.items():
         part.load_state_dict(before[name])
@@ -824,6 +845,8 @@ def text_encoder(kind, name, root, device, path=None, train_here=False, image_fe
         encoder, note = read_encoder(path)
     elif kind == "damsm" and name in PUBLISHED and not train_here:
         try:
+            if processes()[0] and not all((Path(root) / name / "damsm" / file).exists() for _, file, _ in PUBLISHED[name]):
+                raise UserError("the first process could not have it")
             files = [data.download(url, Path(root) / name / "damsm" / file, sha256=sha) for url, file, sha in PUBLISHED[name]]
             encoder, note = read_encoder(files[0])
             note = f"published DAMSM encoder of {name}, {PUBLISHED[name][0][0]}"

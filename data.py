@@ -501,12 +501,13 @@ class Batches:
 
     An epoch is a permutation of the pictures, in len(self) batches. Sets of up to a quarter of the device's memory live
     there; a larger one stays in the memory map and only its batches travel. wrong: "image" or "caption" of another class,
-    "previous" (the caption of the picture before, whatever its class) or None. part: (i, n), the i-th of n processes has the
-    i-th batch_size pictures of a joint batch of n batch_size."""
+    "previous" (the caption of the picture before, whatever its class) or None. part: (i, n), the i-th of n equal shares of each
+    batch, for the i-th of n processes."""
 
     def __init__(self, dataset, batch_size, seed=0, device="cpu", captions=1, wrong="image", part=(0, 1)):
-        self.data, self.batch_size, self.seed, self.device = dataset, batch_size * part[1], seed, torch.device(device)
-        self.k, self.wrong, self.part = captions, wrong, slice(part[0] * batch_size, (part[0] + 1) * batch_size)
+        self.data, self.batch_size, self.seed, self.device = dataset, batch_size, seed, torch.device(device)
+        self.k, self.wrong, share = captions, wrong, batch_size // part[1]
+        self.part = slice(part[0] * share, (part[0] + 1) * share)
         images = dataset.images
         if self.device.type == "cuda" and images.numel() < torch.cuda.get_device_properties(self.device).total_memory / 4:
             images = images.to(self.device)
@@ -551,9 +552,10 @@ class Batches:
         other, part = self.another(index, rng), self.part
         both = torch.cat((index, other)) if self.wrong == "image" else index
         images = self.look(both, rng, torch.arange(len(both)).view(-1, self.batch_size)[:, part].flatten()).split(part.stop - part.start)
-        captions, wrong = self.say(index, rng), None
-        if self.wrong == "image":
-            wrong = images[1]
-        elif self.wrong:
-            wrong = (self.say(other, rng) if self.wrong == "caption" else captions.roll(1, 0))[part].to(self.device)
+        wrong = images[1] if self.wrong == "image" else self.say(other, rng) if self.wrong == "caption" else None
+        captions = self.say(index, rng)
+        if self.wrong == "previous":
+            wrong = captions.roll(1, 0)
+        if self.wrong in ("caption", "previous"):
+            wrong = wrong[part].to(self.device)
         return Batch(images[0], wrong, captions[part].to(self.device), self.data.classes[index[part]].to(self.device))

@@ -63,6 +63,8 @@ class DFBlock(nn.Module):
 def up_conv(x, conv):
     """conv(nearest upsampling of x by 2) for a 3x3 conv: exactly one transposed convolution, with a quarter of the places and
     4x4 for 3x3 weights, 2.25 times less work. Each of its weights is the sum of those that meet the same pixel of x."""
+    if len(x) * x.shape[2] * x.shape[3] < 512:      # so few places that the larger weights cost more (CPU: up to 5 times)
+        return conv(F.interpolate(x, scale_factor=2.0))
     weight = F.avg_pool2d(conv.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)         # (out, in, 4, 4)
     return F.conv_transpose2d(x, weight.transpose(0, 1), conv.bias, 2, 1)
 
@@ -198,7 +200,7 @@ def g_loss(D, fake, e):
 # ---------------------------------------------------------------------------------------------------- steps
 
 def d_step(D, opt_d, real, wrong, fake, e, penalty="ma", loss_of=d_loss):
-    """Minimise d_loss over D. real, fake (B, 3, S, S), e (B, 256), wrong (B, 256), e.roll(1, 0). loss_of: d_loss, or d_loss compiled."""
+    """Minimise d_loss over D. real, fake (B, 3, S, S), e (B, 256), wrong (B, 256), e.g. e.roll(1, 0). loss_of: d_loss, or d_loss compiled."""
     loss, seen = loss_of(D, real, wrong, fake.detach(), e, penalty)
     opt_d.zero_grad()
     loss.backward()
@@ -243,7 +245,7 @@ def train(args, state):
     batches = data.Batches(dataset, args.batch_size, args.seed, args.device, wrong="previous", part=(number, among))
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = make(args.nf, args.size, args.lr_g, args.lr_d, args.device, args.output, args.fusion)
-    common.share((G, D), (opt_g, opt_d))
+    common.share((G, D), (opt_g, opt_d), args.batch_size)
     ema = AveragedModel(G, use_buffers=True)
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     step, rows, total = 0, [], torch.zeros(6, device=args.device)
@@ -275,14 +277,14 @@ def train(args, state):
             of_d = d_step(D, opt_d, real, wrong, fake, e, args.penalty, d_loss)
             return torch.cat((g_step(D, opt_g, fake, e, g_loss)[None], of_d))
 
-    print(f"dfgan on {args.data}: {len(dataset)} pictures at {args.size} px, nf {args.nf}, batch {args.batch_size * among}, "
+    print(f"dfgan on {args.data}: {len(dataset)} pictures at {args.size} px, nf {args.nf}, batch {args.batch_size}, "
           f"{args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
-    count, last = args.batch_size * among, max(args.epochs * len(batches), step)
+    count, last = args.batch_size, max(args.epochs * len(batches), step)
     functions = G, d_loss, g_loss
     if args.compile and step < last:
         functions = common.compiled(functions, one_step, parts)
     with common.Stop() as stop, data.Progress(last * count, "", done=step * count) as bar:
-        while step < last and not stop.asked():
+        while not stop.asked() and step < last:
             total += common.mean(one_step(*functions))
             # a decay of (1 + t) / (10 + t), up to ema: else G's first weights blur its average for epochs
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))

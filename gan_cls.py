@@ -193,7 +193,7 @@ def train(args, state):
                            (number, among))
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = make(args.ngf, args.ndf, args.lr, args.device)
-    common.share((G, D), (opt_g, opt_d))
+    common.share((G, D), (opt_g, opt_d), args.batch_size)
     ema = AveragedModel(G, use_buffers=True)
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     step, rows, total = 0, [], torch.zeros(5, device=args.device)
@@ -226,12 +226,12 @@ def train(args, state):
             of_d = d_step(D, opt_d, real, wrong, fake[:len(t)], t)
             return torch.cat((g_step(D, opt_g, fake, t_g)[None], of_d))
 
-    print(f"gan_cls on {args.data}: {len(dataset)} pictures, {args.variant}, ngf {args.ngf}, ndf {args.ndf}, batch {args.batch_size * among}, "
+    print(f"gan_cls on {args.data}: {len(dataset)} pictures, {args.variant}, ngf {args.ngf}, ndf {args.ndf}, batch {args.batch_size}, "
           f"{args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
-    count, last = args.batch_size * among, max(args.epochs * len(batches), step)
+    count, last = args.batch_size, max(args.epochs * len(batches), step)
     functions = common.compiled((G, D), one_step, parts) if args.compile and step < last else (G, D)
     with common.Stop() as stop, data.Progress(last * count, "", done=step * count) as bar:
-        while step < last and not stop.asked():
+        while not stop.asked() and step < last:
             epoch = step // len(batches)
             for group in (*opt_g.param_groups, *opt_d.param_groups):
                 group["lr"] = args.lr * 0.5 ** (epoch // 100)                                   # halved every 100 epochs

@@ -43,6 +43,8 @@ class ConditioningAugmentation(nn.Module):
 def up_conv(x, conv):
     """conv(nearest upsampling of x by 2) for a 3x3 conv: exactly one transposed convolution, with a quarter of the places and
     4x4 for 3x3 weights, 2.25 times less work. Each of its weights is the sum of those that meet the same pixel of x."""
+    if len(x) * x.shape[2] * x.shape[3] < 512:      # so few places that the larger weights cost more (CPU: up to 5 times)
+        return conv(F.interpolate(x, scale_factor=2.0))
     weight = F.avg_pool2d(conv.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)         # (out, in, 4, 4)
     return F.conv_transpose2d(x, weight.transpose(0, 1), conv.bias, 2, 1)
 
@@ -222,7 +224,8 @@ def train(args, state):
     for stage in (args.stage,) if args.stage else (1, 2):
         if stage >= done:
             if stage == 2 and done < 2:
-                state = common.load(args.run / "last.pt", "stackgan")
+                with common.first():
+                    state = common.load(args.run / "last.pt", "stackgan")
             if code := train_stage(args, state, stage):
                 return code
     return 0
@@ -246,7 +249,7 @@ def train_stage(args, state, stage):
     batches = data.Batches(dataset, args.batch_size, args.seed, args.device, args.captions_per_image, part=(number, among))
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = make(stage, args.ngf, args.ndf, args.size, args.lr, args.device)
-    common.share((G, D), (opt_g, opt_d))
+    common.share((G, D), (opt_g, opt_d), args.batch_size)
     ema = AveragedModel(G, use_buffers=True)
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     step, rows, total = 0, state["rows"] if state else [], torch.zeros(6, device=args.device)
@@ -288,11 +291,11 @@ def train_stage(args, state, stage):
             return torch.stack((g_step(D, opt_g, fake, t, kl), kl.detach(), *of_d))
 
     print(f"stackgan, Stage {'I' * stage} on {args.data}: {len(dataset)} pictures at {size} px, ngf {args.ngf}, ndf {args.ndf}, "
-          f"batch {args.batch_size * among}, {args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
-    count, last = args.batch_size * among, max(args.epochs * len(batches), step)
+          f"batch {args.batch_size}, {args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
+    count, last = args.batch_size, max(args.epochs * len(batches), step)
     functions = common.compiled((G, D), one_step, parts) if args.compile and step < last else (G, D)
     with common.Stop() as stop, data.Progress(last * count, "", done=step * count) as bar:
-        while step < last and not stop.asked():
+        while not stop.asked() and step < last:
             epoch = step // len(batches)
             for group in (*opt_g.param_groups, *opt_d.param_groups):
                 group["lr"] = args.lr * 0.5 ** (epoch // 100)      # section 3.5; TensorFlow code: every 50 in Stage I
