@@ -41,7 +41,7 @@ def main():
     p.add_argument("--batch", type=int, nargs="+", default=[4])
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--forms", nargs="+", help="of: textbook eager eager-bf16 compiled compiled-bf16 (default: CPU the first two)")
+    p.add_argument("--forms", nargs="+", help="of: textbook eager eager-bf16 compiled compiled-bf16 (default: CPU the first three)")
     a = p.parse_args()
     spec = importlib.util.spec_from_file_location("textbook", a.textbook)
     textbook = importlib.util.module_from_spec(spec)
@@ -58,7 +58,7 @@ def main():
     for batch in a.batch:
         images = torch.rand(batch, 3, a.size, a.size, device=a.device) * 2 - 1
         sentences = torch.randn(batch, 256, device=a.device)
-        forms = a.forms or ["textbook", "eager", *(["eager-bf16", "compiled", "compiled-bf16"] if gpu else [])]
+        forms = a.forms or ["textbook", "eager", "eager-bf16", *(["compiled", "compiled-bf16"] if gpu else [])]
         form_of, parts, times, memory = {}, {}, {}, {}
         for form in dict.fromkeys([*forms, "eager"]):
             torch.manual_seed(0)

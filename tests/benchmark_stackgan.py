@@ -48,11 +48,11 @@ def main():
     p.add_argument("--batch", type=int, nargs="+", default=[4])
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--forms", nargs="+", help="of: plain eager eager-bf16 compiled compiled-bf16 (default: CPU the first two)")
+    p.add_argument("--forms", nargs="+", help="of: plain eager eager-bf16 compiled compiled-bf16 (default: CPU the first three)")
     a = p.parse_args()
     gpu = a.device.startswith("cuda")
     torch.set_float32_matmul_precision("high" if gpu else "highest")
-    forms = a.forms or ["plain", "eager", *(["eager-bf16", "compiled", "compiled-bf16"] if gpu else [])]
+    forms = a.forms or ["plain", "eager", "eager-bf16", *(["compiled", "compiled-bf16"] if gpu else [])]
 
     def step(form, G, D, opt_g, opt_d, x, eps, t, real, wrong):
         with torch.autocast(a.device.split(":")[0], torch.bfloat16, enabled="bf16" in form):

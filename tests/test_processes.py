@@ -65,7 +65,7 @@ def step(G, D, opt_g, opt_d, i):
     {step}
 
 mine = parts()
-common.share(mine[:2], mine[2:])
+common.share(mine[:2], mine[2:], 8)
 step(*mine, number)
 gathered = [None, None]
 dist.all_gather_object(gathered, [p.detach() for net in mine[:2] for p in net.parameters()])
