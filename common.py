@@ -837,13 +837,13 @@ def encoder_path(kind, name):
     return Path("runs") / f"{kind}-{Path(name).resolve().name}" / "encoder.pt"
 
 
-def text_encoder(kind, name, root, device, path=None, train_here=False, image_features=None):
+def text_encoder(kind, name, root, device, path=None, image_features=None):
     """The frozen text encoder for a data set and a note: the file given, else the published one (DAMSM of cub and coco),
     else the one trained here, now if need be. Prints which one it is and where it came from."""
     encoder, own = None, encoder_path(kind, name)
     if path:
         encoder, note = read_encoder(path)
-    elif kind == "damsm" and name in PUBLISHED and not train_here:
+    elif kind == "damsm" and name in PUBLISHED:
         try:
             if processes()[0] and not all((Path(root) / name / "damsm" / file).exists() for _, file, _ in PUBLISHED[name]):
                 raise UserError("the first process could not have it")
