@@ -262,11 +262,15 @@ def train(args, state):
 
     # the fixed grid: unseen captions down, noises across, so that an ignored caption or noise is seen at once
     side = 8 if args.size <= 128 else 4
+    watch = common.watch(args, unseen, encoder)
     shown = [unseen.captions[unseen.first[i]] for i in torch.linspace(0, len(unseen) - 1, side).long()]
     grid = noise(side, args.seed).repeat(side, 1).to(args.device), encoder.encode(shown).repeat_interleave(side, 0)
 
-    def keep():
-        common.save(args.run / "last.pt", {
+    def paint(e, seed):
+        return draw(ema, noise(len(e), seed).to(args.device), e)
+
+    def keep(name="last.pt"):
+        common.save(args.run / name, {
             "kind": "dfgan", "args": common.plain(args), "step": step, "rows": rows, "total": total, "random": common.random_state(),
             "pictures": dataset.key, "text_note": note, "text_encoder": encoder.state_dict(),
             **{name: part.state_dict() for name, part in parts.items()}})
@@ -304,9 +308,11 @@ def train(args, state):
             bar.step(count)
             if ended:
                 rows.append(dict(epoch=epoch + 1, step=step, **{k: round(v, 4) for k, v in zip(
-                    ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake", "ma_gp"), now)}))
+                    ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake", "ma_gp"), now)}, **watch(epoch + 1, paint)))
                 total.zero_()
                 keep()
+                if common.is_best(rows):
+                    keep("best.pt")
                 common.save_grid(args.run / f"epoch_{epoch + 1:04}.png", draw(ema, *grid), side, shown)
                 common.save_log(args.run / "log.csv", rows)
                 if step < last:
@@ -317,7 +323,7 @@ def train(args, state):
             return stop.code
     print(f"{step // len(batches)} epochs done: {args.run / 'last.pt'}, grids beside it; more with --epochs")
     if unseen.traits:
-        common.petals_follow(unseen, encoder, lambda e: draw(ema, noise(len(e), 0).to(e.device), e))
+        common.traits_follow(unseen, encoder, paint)
     return 0
 
 
@@ -386,13 +392,13 @@ def finished(args, state):
     print(f"{begun}trained on {state['args']['data']}, {state['step']} steps; text encoder: {state['text_note']}")
     G = AveragedModel(Generator(state["args"]["nf"], state["args"]["size"], state["args"]["fusion"]), use_buffers=True)
     G.load_state_dict(state["ema"])
-    return G.to(args.device).eval(), common.rebuild(state["text_encoder"]).to(args.device)
+    return G.to(args.device).eval(), common.rebuild(state["text_encoder"]).to(args.device), state
 
 
 def sample(args, state):
     """A grid with one row a caption; the columns share their noise. --images: as many files for each caption instead."""
     import common
-    G, encoder = finished(args, state)
+    G, encoder, _ = finished(args, state)
     e = encoder.ask(args.sample)
     if args.images:
         common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed, n: draw(
@@ -407,7 +413,7 @@ def sample(args, state):
 def interpolate(args, state):
     """Sentence A to B over the columns, each row one noise; --noise: noise to noise, a row for each of the sentences."""
     import common
-    G, encoder = finished(args, state)
+    G, encoder, _ = finished(args, state)
     a, b = encoder.ask(args.interpolate)
     way = torch.linspace(0, 1, args.columns, device=a.device)[:, None]
     if args.noise:
@@ -419,6 +425,18 @@ def interpolate(args, state):
     kind = "noise" if args.noise else "sentence"
     print(common.save_grid(args.run / f"{kind}-{common.slug(args.interpolate)}-{args.seed}.png", draw(G, z, e), args.columns,
                            args.interpolate))
+
+
+def evaluate(args, state):
+    """FID, R-precision and diversity; common.evaluate prints how they are measured."""
+    import common
+    G, encoder, state = finished(args, state)
+    D = Discriminator(state["args"]["nf"], state["args"]["size"], state["args"]["output"])
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    common.evaluate(args, state, encoder, state["args"]["size"],
+                    lambda e, seed: draw(G, noise(len(e), seed, args.truncation).to(args.device), e),
+                    truncation=args.truncation, parameters_G=count(G), parameters_D=count(D))
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -445,9 +463,9 @@ def main(argv=None):
     s.add_argument("--truncation", type=number(float, 0, 10), metavar="T",
                    help="T times noise cut at +-2 (released evaluation: 0.88; default: whole, as in training)")
     args, state = common.parse(p, TOY, FIXED, argv, begin=released)
-    if args.truncation is not None and not (args.sample or args.interpolate):
-        raise common.UserError("--truncation says how to draw; add --sample or --interpolate and captions")
-    does = sample if args.sample else interpolate if args.interpolate else train
+    if args.truncation is not None and not (args.sample or args.interpolate or args.evaluate):
+        raise common.UserError("--truncation says how to draw; add --sample, --interpolate or --evaluate")
+    does = sample if args.sample else interpolate if args.interpolate else evaluate if args.evaluate else train
     return does(args, state)
 
 

@@ -206,11 +206,15 @@ def train(args, state):
             print(f"the pictures of {args.data} are not those the run began with: it goes on with them, from step {step}")
 
     # the fixed grid: unseen captions down, noises across, so that an ignored caption or noise is seen at once
+    watch = common.watch(args, unseen, encoder)
     shown = [unseen.captions[unseen.first[i]] for i in torch.linspace(0, len(unseen) - 1, 8).long()]
     grid = noise(8, args.seed).repeat(8, 1).to(args.device), encoder.encode(shown).repeat_interleave(8, 0)
 
-    def keep():
-        common.save(args.run / "last.pt", {
+    def paint(t, seed):
+        return draw(ema, noise(len(t), seed).to(args.device), t)
+
+    def keep(name="last.pt"):
+        common.save(args.run / name, {
             "kind": "gan_cls", "args": common.plain(args), "step": step, "rows": rows, "total": total, "random": common.random_state(),
             "pictures": dataset.key, "text_note": note, "text_encoder": encoder.state_dict(),
             **{name: part.state_dict() for name, part in parts.items()}})
@@ -251,9 +255,11 @@ def train(args, state):
             bar.step(count)
             if ended:
                 rows.append(dict(epoch=epoch + 1, step=step, **{k: round(v, 4) for k, v in zip(
-                    ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake"), now)}))
+                    ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake"), now)}, **watch(epoch + 1, paint)))
                 total.zero_()
                 keep()
+                if common.is_best(rows):
+                    keep("best.pt")
                 common.save_grid(args.run / f"epoch_{epoch + 1:04}.png", draw(ema, *grid), 8, shown)
                 common.save_log(args.run / "log.csv", rows)
                 if step < last:
@@ -264,7 +270,7 @@ def train(args, state):
             return stop.code
     print(f"{step // len(batches)} epochs done: {args.run / 'last.pt'}, grids beside it; more with --epochs")
     if unseen.traits:
-        common.petals_follow(unseen, encoder, lambda t: draw(ema, noise(len(t), 0).to(t.device), t))
+        common.traits_follow(unseen, encoder, paint)
     return 0
 
 
@@ -327,6 +333,17 @@ def interpolate(args, state):
                            args.interpolate))
 
 
+def evaluate(args, state):
+    """FID, R-precision and diversity, as common.evaluate prints how, and the style encoder's ROC AUC."""
+    import common
+    G, encoder, state = finished(args, state)
+    style = style_encoder(args, G, state)[1] if common.processes()[0] == 0 else None
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    common.evaluate(args, state, encoder, SIZE, lambda t, seed: draw(G, noise(len(t), seed).to(args.device), t),
+                    style=style, parameters_G=count(G), parameters_D=count(Discriminator(state["args"]["ndf"])))
+    return 0
+
+
 # ---------------------------------------------------------------------------------------------------- style transfer
 
 def style_encoder(args, G, state):
@@ -339,7 +356,7 @@ def style_encoder(args, G, state):
     if path.exists() and (done := common.load(path, "gan_cls style"))["mark"] == mark:
         S.load_state_dict(done["S"])
         print(done["note"])
-        return S.eval()
+        return S.eval(), done["note"]
     dataset, unseen = (data.load(state["args"]["data"], split, SIZE, args.root) for split in ("train", "test"))
     sentences, opt = common.embeddings(encoder, dataset), torch.optim.Adam(S.parameters(), 2e-4, betas=(0.5, 0.999))
     torch.manual_seed(args.seed)
@@ -356,7 +373,7 @@ def style_encoder(args, G, state):
     note = style_report(S.eval(), G, sentences, unseen, args.device)
     common.save(path, {"kind": "gan_cls style", "S": S.state_dict(), "mark": mark, "note": note})
     print(note)
-    return S
+    return S, note
 
 
 @torch.no_grad()
@@ -400,7 +417,7 @@ def style_transfer(args, state):
     G, encoder, state = finished(args, state)
     t = encoder.ask(args.sample)
     photo = torch.from_numpy(array.copy())[None].float() / 127.5 - 1
-    S = style_encoder(args, G, state)
+    S, _ = style_encoder(args, G, state)
     with torch.no_grad():
         z = S(photo.to(args.device)).expand(len(t), -1)
     print(common.save_grid(args.run / f"style-{Path(args.style).stem}-{common.slug(args.sample)}.png",
@@ -427,7 +444,7 @@ def main(argv=None):
     s.add_argument("--style", metavar="PHOTO", help="with --sample: draw the captions in the style of a photo (section 4.4)")
     s.add_argument("--style-steps", type=number(int, 1), default=2000, help="steps that train the style encoder (default: 2000)")
     args, state = common.parse(p, TOY, FIXED, argv)
-    does = style_transfer if args.style else sample if args.sample else interpolate if args.interpolate else train
+    does = style_transfer if args.style else sample if args.sample else interpolate if args.interpolate else evaluate if args.evaluate else train
     return does(args, state)
 
 

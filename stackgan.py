@@ -269,12 +269,16 @@ def train_stage(args, state, stage):
 
     # the fixed grid: unseen captions down, noises across, so that an ignored caption or noise is seen at once
     side = 8 if size <= 128 else 4
+    watch = common.watch(args, unseen, encoder)
     shown = [unseen.captions[unseen.first[i]] for i in torch.linspace(0, len(unseen) - 1, side).long()]
     grid = noise(side, args.seed).repeat(side, 1).to(args.device), encoder.encode(shown).repeat_interleave(side, 0)
     average = (ema, None) if stage == 1 else (G1, ema)
 
-    def keep():
-        common.save(args.run / "last.pt", {
+    def paint(t, seed):
+        return draw(*average, noise(len(t), seed).to(args.device), t, args.no_ca)[-1]
+
+    def keep(name="last.pt"):
+        common.save(args.run / name, {
             "kind": "stackgan", "args": common.plain(args), "stage": stage, "step": step, "rows": rows, "total": total,
             "random": common.random_state(), "pictures": dataset.key, "text_note": note, "text_encoder": encoder.state_dict(),
             "G1": G1 and G1.state_dict(), **{name: part.state_dict() for name, part in parts.items()}})
@@ -318,9 +322,11 @@ def train_stage(args, state, stage):
             bar.step(count)
             if ended:
                 rows.append(dict(stage=stage, epoch=epoch + 1, step=step, **{k: round(v, 4) for k, v in zip(
-                    ("loss_g", "kl", "loss_d", "d_real", "d_wrong", "d_fake"), now)}))
+                    ("loss_g", "kl", "loss_d", "d_real", "d_wrong", "d_fake"), now)}, **watch(epoch + 1, paint)))
                 total.zero_()
                 keep()
+                if common.is_best(rows):
+                    keep("best.pt")
                 common.save_grid(args.run / f"stage{stage}_epoch_{epoch + 1:04}.png", draw(*average, *grid, args.no_ca)[-1], side, shown)
                 common.save_log(args.run / "log.csv", rows)
                 if step < last:
@@ -332,7 +338,7 @@ def train_stage(args, state, stage):
     print(f"Stage {'I' * stage}, {step // len(batches)} epochs done: {args.run / 'last.pt'}, grids beside it"
           f"{'; more with --epochs' if stage == (args.stage or 2) else ''}")
     if unseen.traits:
-        common.petals_follow(unseen, encoder, lambda t: draw(*average, noise(len(t), 0).to(t.device), t, args.no_ca)[-1])
+        common.traits_follow(unseen, encoder, paint)
     return 0
 
 
@@ -382,7 +388,7 @@ def finished(args, state):
     if state["stage"] == 2:
         G2 = AveragedModel(Stage2(state["args"]["ngf"], state["args"]["size"]), use_buffers=True).to(args.device)
         G2.load_state_dict(state["ema"])
-    return lambda n, t: draw(G1, G2, n.to(args.device), t, state["args"]["no_ca"]), common.rebuild(state["text_encoder"]).to(args.device)
+    return lambda n, t: draw(G1, G2, n.to(args.device), t, state["args"]["no_ca"]), common.rebuild(state["text_encoder"]).to(args.device), state
 
 
 def rows_of(stages, columns):
@@ -396,7 +402,7 @@ def sample(args, state):
     """A grid: for each caption a row of Stage I above its row of Stage II; the columns share their noise. --images: as many
     files for each caption instead."""
     import common
-    paint, encoder = finished(args, state)
+    paint, encoder, _ = finished(args, state)
     t = encoder.ask(args.sample)
     if args.images:
         common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed, n: paint(noise(64, seed)[:n], t[i].expand(n, -1))[-1])
@@ -410,7 +416,7 @@ def interpolate(args, state):
     """Sentence A to B over the columns, each row one noise, z and eps fixed (figure 8); --noise: noise to noise, a row for
     each of the sentences. Stage I above Stage II."""
     import common
-    paint, encoder = finished(args, state)
+    paint, encoder, _ = finished(args, state)
     a, b = encoder.ask(args.interpolate)
     way = torch.linspace(0, 1, args.columns)[:, None]
     if args.noise:
@@ -420,6 +426,21 @@ def interpolate(args, state):
     kind = "noise" if args.noise else "sentence"
     print(common.save_grid(args.run / f"{kind}-{common.slug(args.interpolate)}-{args.seed}.png", rows_of(paint(n, t), args.columns),
                            args.columns, args.interpolate))
+
+
+def evaluate(args, state):
+    """FID, R-precision and diversity of the last stage trained, or of Stage I with --stage 1; common.evaluate prints how they are measured."""
+    import common
+    paint, encoder, state = finished(args, state)
+    has, stage = state["args"], args.stage or state["stage"]
+    if stage > state["stage"]:
+        raise common.UserError(f"the run in {args.run} has no Stage II yet; leave out --stage 2, or train it first")
+    with torch.device("meta"):
+        count = [sum(p.numel() for p in net.parameters()) for net in (Stage1(has["ngf"]), *([Stage2(has["ngf"], has["size"])] if stage == 2 else []),
+                                                                      Discriminator(has["ndf"], 64 if stage == 1 else has["size"]))]
+    common.evaluate(args, state, encoder, 64 if stage == 1 else has["size"], lambda t, seed: paint(noise(len(t), seed), t)[stage - 1],
+                    stage=stage, parameters_G=sum(count[:-1]), parameters_D=count[-1])
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -442,7 +463,7 @@ def main(argv=None):
     g.add_argument("--captions-per-image", type=number(int, 1), default=4, help="captions averaged (default: 4, TensorFlow code)")
     g.add_argument("--no-ca", action="store_true", help="ablation: no conditioning augmentation, c = mu(t)")
     args, state = common.parse(p, TOY, FIXED, argv)
-    does = sample if args.sample else interpolate if args.interpolate else train
+    does = sample if args.sample else interpolate if args.interpolate else evaluate if args.evaluate else train
     return does(args, state)
 
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
-if (SHARED / "weights").is_dir():
-    os.environ.setdefault("TORCH_HOME", str(SHARED / "weights"))
+# No Inception for runs of the tests, unless they ask for it: each would load it, and measure with it after every epoch
+os.environ["TORCH_HOME"] = str(ROOT / "no-such-folder")
 
 
 def shared(*parts):
@@ -49,6 +49,12 @@ def call(script, *flags, cwd):
         os.chdir(before)
         sys.argv = argv
     return subprocess.CompletedProcess(flags, code or 0, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def inception_file(monkeypatch):
+    """The FID's network lies where torch.hub looks for it."""
+    monkeypatch.setenv("TORCH_HOME", str(shared("weights")))
 
 
 @pytest.fixture(autouse=True)

@@ -154,9 +154,8 @@ def test_retrieval_by_hand():
 
 # ---- image side
 
-def test_inception_equals_the_fid_network():
+def test_inception_equals_the_fid_network(inception_file):
     figures, _ = golden("fid_flowers.npz")
-    shared("weights")
     images = torch.from_numpy(figures["images_a"]).permute(0, 3, 1, 2).float() / 127.5 - 1
     pooled, regions = common.inception()(images)
     np.testing.assert_allclose(pooled.numpy(), figures["features_a"], atol=1e-4, rtol=0)
@@ -170,8 +169,7 @@ def test_no_network_is_one_sentence(monkeypatch, tmp_path):
         common.inception()
 
 
-def test_inception_features_are_cached_in_order(tmp_path):
-    shared("weights")
+def test_inception_features_are_cached_in_order(tmp_path, inception_file):
     from PIL import Image
     for i, colour in enumerate(((250, 0, 0), (0, 250, 0), (0, 0, 250))):
         Image.new("RGB", (64, 64), colour).save(tmp_path / f"{i}.png")
