@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def guard(main):
         elif out_of_memory(error):
             message = (f"out of memory; give a smaller --batch-size, a smaller --size or a narrower network "
                        f"({message.splitlines()[0][:120]})")
+        elif "loading state_dict" in str(error):
+            message = f"a file does not fit the network that it should hold ({' '.join(str(error).split())[:160]}); give another file or remove it"
         elif isinstance(error, RuntimeError):
             raise
         if processes()[0]:
@@ -98,10 +101,14 @@ class Stop:
             signal.signal(s, handler)
 
 
+FORMAT = 1      # of all files that `save` writes; to be raised when older programs could no longer read them
+
+
 def save(path, state):
     """torch.save to a temporary name, flushed, then renamed: an interrupted write never costs the last good file."""
     if processes()[0]:
         return
+    state = {"format": FORMAT, **state}
     try:
         with data.writing(path) as part, open(part, "wb") as file:
             torch.save(state, file)
@@ -111,21 +118,44 @@ def save(path, state):
         raise UserError(f"could not write {path} ({error}); what was there before is intact") from None
 
 
+def tensors(path):
+    """torch.load of tensors and plain containers, the checksums verified, which torch.load leaves alone."""
+    if zipfile.is_zipfile(path):                                   # all but torch's format of before 2020
+        with zipfile.ZipFile(path) as z:
+            if z.testzip():
+                raise ValueError("a wrong checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class Kept(dict):
+    """What a file holds; asked for what it does not hold, it says so in one sentence."""
+
+    def __missing__(self, key):
+        raise UserError(f"{self.path} holds no {key!r}: it is damaged, or of another version; give another file or remove it")
+
+
 def load(path, kind):
     """A file written by `save` whose state["kind"] is kind, e.g. "gan_cls". Loads tensors and plain containers only."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = tensors(path)
     except Exception:   # a damaged file fails in zipfile, in pickle or in torch, each with errors of its own
         raise UserError(f"{path} is no checkpoint, or is damaged; give another file or remove it") from None
     if not isinstance(state, dict) or state.get("kind") != kind:
         raise UserError(f"{path} holds no {kind} checkpoint; give one that this script wrote")
+    if state.get("format", 0) > FORMAT:
+        raise UserError(f"{path} is of format {state['format']}, this program reads {FORMAT}; take a newer version of it")
+    state = Kept({key: Kept(value) if key == "args" and isinstance(value, dict) else value for key, value in state.items()})
+    state.path = path
+    if isinstance(args := state.get("args", Kept()), Kept):
+        args.path = path
     return state
 
 
 def random_state(state=None):
-    """The random states of torch on the CPU and on this process's GPU; given one, restores it."""
+    """The random states of torch on the CPU and on this process's GPU; given one, restores it. Python's and numpy's own
+    generators are drawn from by nothing in a run, and the order of the data is a function of seed and step."""
     if state is not None:
         torch.set_rng_state(state["cpu"])
         if torch.cuda.is_available() and isinstance(state["cuda"], torch.Tensor):
@@ -606,7 +636,8 @@ def inception_features(dataset, device):
     299 px, cached beside the pictures and mapped into memory."""
     n, shapes = len(dataset), {"pooled": ((2048,), torch.float32), "regions": ((768, 36), torch.float16)}
     paths = [dataset.stem.with_name(f"{dataset.stem.name}-inception-{dataset.key[:12]}.{k}") for k in shapes]
-    if not all(p.exists() for p in paths):
+    sizes = [n * math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values()]
+    if not all(p.exists() and p.stat().st_size == size for p, size in zip(paths, sizes)):
         net, block = inception(device), []
         with data.writing(paths[0]) as a, data.writing(paths[1]) as b, open(a, "wb") as pooled, open(b, "wb") as regions:
             arrays = data.decoded(dataset.pictures, 299, f"Inception features of {dataset.name} {dataset.split}")
@@ -828,7 +859,7 @@ def read_encoder(path):
     if not path.is_file():
         raise UserError(f"{path} does not exist; --text-encoder takes an encoder.pt or a released .pth")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = tensors(path)
         if "text_encoder" in state:
             return rebuild(state["text_encoder"]), state["text_note"]
         if "encoder" in state:
@@ -890,10 +921,12 @@ def embeddings(encoder, dataset):
         h.update(p.detach().cpu().numpy().tobytes())
     path = dataset.stem.with_name(f"{dataset.stem.name}-sentences-{h.hexdigest()[:16]}.pt")
     try:
-        return torch.load(path, weights_only=True).to(next(encoder.parameters()).device)
+        out = load(path, "sentences")["sentences"]
+        assert out.shape == (len(dataset.captions), encoder.dim) and out.isfinite().all()
+        return out.to(next(encoder.parameters()).device)
     except Exception:     # not there, or damaged: made again
         out = encoder.encode(dataset.captions, f"sentences of {dataset.name} {dataset.split}")
-        save(path, out.cpu())
+        save(path, {"kind": "sentences", "sentences": out.cpu()})
         return out
 
 
@@ -1110,8 +1143,8 @@ def evaluate(args, state, encoder, size, paint, **about):
     path, done = args.run / "evaluation.json", []
     if path.exists():
         try:
-            done = list(json.loads(path.read_text()))
-        except (OSError, ValueError):
+            done = [dict(entry) for entry in json.loads(path.read_text())]
+        except (OSError, ValueError, TypeError):
             raise UserError(f"{path} is damaged; move it away, the next evaluation begins a new one") from None
     with first():
         unseen, net = data.load(name, "test", size, args.root), None

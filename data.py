@@ -46,6 +46,9 @@ CACHE = Path("datasets/cache")
 class UserError(Exception):
     """Something the user can put right: one sentence saying what is wrong and what to do. Scripts exit with status 2."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(message.splitlines()))           # it may quote an error of several lines
+
 
 class Picture(NamedTuple):
     path: Path | None               # None: drawn from `traits`
@@ -164,6 +167,12 @@ def download(url, path, md5=None, sha256=None):
     return path
 
 
+def fits(archive, size):
+    """An archive that unpacks to more than 200 times its size holds no pictures and no captions: it fills a disk."""
+    if size > 200 * Path(archive).stat().st_size + (1 << 20):
+        raise UserError(f"{archive} would unpack to {size >> 20} MB and more, 200 times its size: no data set does; remove it")
+
+
 def extract(archive, folder, name):
     """Unpack what lies under a folder called `name` inside the archive to folder/name, whole or not at all."""
     def inside(member):   # the path below `name`, or None: never absolute, never with ..
@@ -177,6 +186,7 @@ def extract(archive, folder, name):
             part.mkdir()
             if str(archive).endswith(".zip"):
                 with zipfile.ZipFile(archive) as z:
+                    fits(archive, sum(member.file_size for member in z.infolist()))
                     for member in z.infolist():
                         if inside(member.filename) and not member.is_dir():
                             member.filename = inside(member.filename)
@@ -184,7 +194,7 @@ def extract(archive, folder, name):
             else:
                 with gzip.open(archive) as stream:                # its checksum first: tarfile takes damage for the end
                     while stream.read(1 << 20):
-                        pass
+                        fits(archive, stream.tell())
                 with tarfile.open(archive) as t:
                     members = ((m, inside(m.name)) for m in t)
                     t.extractall(part, (m.replace(name=to, deep=False) for m, to in members if to and (m.isfile() or m.isdir())),
@@ -417,7 +427,8 @@ def store(pictures, side, stem, key):
     images, about = stem.with_name(stem.name + ".u8"), stem.with_name(stem.name + ".json")
     try:
         known = json.loads(about.read_text())
-        fresh = known["key"] == key and images.stat().st_size == known["count"] * 3 * side * side
+        fresh = (known["key"] == key and known["count"] + len(known["broken"]) == len(pictures)
+                 and images.stat().st_size == known["count"] * 3 * side * side)
     except (OSError, ValueError, KeyError, TypeError):
         fresh = False
     if not fresh:

@@ -353,7 +353,7 @@ def released(first):
         raise common.UserError("--init needs the DAMSM encoder that the model was trained with: add --text-encoder text_encoder200.pth")
     torch.manual_seed(first.seed)
     try:
-        file = torch.load(first.init, map_location="cpu", weights_only=True)
+        file = common.tensors(first.init)
         g, d, c = ({name.removeprefix("module."): value for name, value in file["model"][net].items()} for net in ("netG", "netD", "netC"))
         own = {"nf": len(g["fc.weight"]) // 128, "size": 4 * 2 ** len({name.split(".")[1] for name in g if name.startswith("GBlocks.")}),
                "output": "one-way", "fusion": "dfblock"}
