@@ -9,6 +9,7 @@ One generator draws at full size; noise z and sentence embedding e reach every b
     python dfgan.py --data cub --epochs 600                      CUB; the same command again continues
     python dfgan.py --data cub --sample "a small yellow bird" "a red bird"      (--truncation 0.88 as in the released evaluation)
     python dfgan.py --data cub --interpolate "a yellow bird" "a blue bird"                 (--noise moves the noise)
+    python dfgan.py --data cub --evaluate                      FID, R-precision, diversity, and how they were measured
     python dfgan.py --data cub --init state_epoch_1220.pth --text-encoder text_encoder200.pth       a released model goes on
 
 Toy: petal colour right in 86% of 512 samples for held-out captions (chance 12%), 8.5 minutes, 2 CPU cores, torch 2.15, one seed.

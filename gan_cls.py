@@ -9,6 +9,7 @@ G draws a picture from noise z and a sentence embedding t; D sees a picture and 
     python gan_cls.py --data flowers                             Oxford-102; the same command again continues
     python gan_cls.py --data flowers --sample "pink flower" "a white flower with a yellow centre"
     python gan_cls.py --data flowers --interpolate "a pink flower" "a yellow flower"       (--noise moves the noise)
+    python gan_cls.py --data flowers --evaluate                FID, R-precision, diversity, and how they were measured
     python gan_cls.py --data flowers --style photo.jpg --sample "pink flower"
 
 Toy: petal colour right in 97% of 512 samples for held-out captions (chance 12%), 4 minutes, 2 CPU cores, torch 2.15, one seed.
