@@ -85,7 +85,8 @@ class Stop:
         if self.code and not (joined() and time.time() - self.since < 2):
             os._exit(self.code)
         self.code, self.since = 128 + number, time.time()
-        print("\nfinishing this step and saving; once more stops at once", file=sys.stderr)
+        with contextlib.suppress(OSError, RuntimeError):           # Ctrl-C also ends the `tee` that stderr is piped into
+            print("\nfinishing this step and saving; once more stops at once", file=sys.stderr)
 
     def asked(self):
         """The code, once any process was asked: all of them stop after the same step."""
@@ -109,6 +110,9 @@ def save(path, state):
     if processes()[0]:
         return
     state = {"format": FORMAT, **state}
+    if not all(v.isfinite().all() for net in ("G", "D", "ema") for v in (state.get(net) or {}).values()):
+        raise UserError(f"the weights are not finite at step {state['step']}; {path}, if there, is from before; try smaller learning rates "
+                        f"in another --run")
     try:
         with data.writing(path) as part, open(part, "wb") as file:
             torch.save(state, file)
@@ -122,8 +126,8 @@ def tensors(path):
     """torch.load of tensors and plain containers, the checksums verified, which torch.load leaves alone."""
     if zipfile.is_zipfile(path):                                   # all but torch's format of before 2020
         with zipfile.ZipFile(path) as z:
-            if z.testzip():
-                raise ValueError("a wrong checksum")
+            if z.testzip() or any(member.compress_type for member in z.infolist()):       # torch compresses nothing: a bomb
+                raise ValueError("a wrong checksum, or another program's file")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -144,7 +148,7 @@ def load(path, kind):
         raise UserError(f"{path} is no checkpoint, or is damaged; give another file or remove it") from None
     if not isinstance(state, dict) or state.get("kind") != kind:
         raise UserError(f"{path} holds no {kind} checkpoint; give one that this script wrote")
-    if state.get("format", 0) > FORMAT:
+    if not isinstance(state.get("format", 0), int) or state.get("format", 0) > FORMAT:
         raise UserError(f"{path} is of format {state['format']}, this program reads {FORMAT}; take a newer version of it")
     state = Kept({key: Kept(value) if key == "args" and isinstance(value, dict) else value for key, value in state.items()})
     state.path = path
@@ -219,8 +223,14 @@ def parse(p, toy, fixed, argv=None, begin=None):
     if run.exists() and not run.is_dir():
         raise UserError(f"--run {run} is a file; give a folder")
     begun = (run / "last.pt").exists()
-    state = load(run / ("best.pt" if first.best else "last.pt"), script) if begun else begin(first) if begin and first.init else None
-    if first.data == "toy":
+    state = load(run / ("best.pt" if first.best and (run / "best.pt").exists() else "last.pt"), script) if begun else None
+    if not begun and begin and first.init:
+        state = begin(first)
+    if begun and first.best and not (run / "best.pt").exists():
+        raise UserError(f"there is no best.pt in {run} yet; --eval-every writes it")
+    if first.best and not begun:
+        raise UserError(f"there is no model in {run} yet, so no best one; leave --best out")
+    if (state["args"]["data"] if state else first.data) == "toy":
         p.set_defaults(**toy, eval_every=0)
     if state:
         p.set_defaults(**{name: state["args"][name] for name in (*fixed, "epochs")})
@@ -234,7 +244,9 @@ def parse(p, toy, fixed, argv=None, begin=None):
     if processes()[0] and drawing:                                 # the first process draws
         raise SystemExit(0)
     args.run, args.data = run, data.source(args.data)
-    for name in fixed if state and not (drawing or args.evaluate) else ():
+    for name in fixed if state else ():
+        if name == "seed" and (drawing or args.evaluate):          # there it is the noise's
+            continue
         if getattr(args, name) != state["args"][name]:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts "
                             f"{f'the run in {run}' if begun else args.init}, which has {state['args'][name]}; "
@@ -348,7 +360,7 @@ def device(name):
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         torch.empty(1, device=name).tolist()                       # tolist: "meta" has no numbers
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} is not to be had here ({str(error).splitlines()[0]}); try --device cpu") from None
     return name
 
@@ -533,11 +545,14 @@ class Damsm(TextEncoder):
 
 def rebuild(state):
     """A text encoder from its state dict, in which widths and vocabulary stand."""
-    if "conv1.weight" in state:
-        encoder = CharCnnRnn([state[f"conv{i}.weight"].shape[0] for i in (1, 2, 3)], state["emb_proj.weight"].shape[0])
-    else:
-        encoder = Damsm(state["_extra_state"])
-    encoder.load_state_dict(state)
+    try:
+        if "conv1.weight" in state:
+            encoder = CharCnnRnn([state[f"conv{i}.weight"].shape[0] for i in (1, 2, 3)], state["emb_proj.weight"].shape[0])
+        else:
+            encoder = Damsm(state["_extra_state"])
+        encoder.load_state_dict(state)
+    except Exception:     # other layers, other shapes, no dict
+        raise UserError("the text encoder in this file is damaged or of another kind; give another file or remove it") from None
     return encoder.eval().requires_grad_(False)
 
 
@@ -598,13 +613,16 @@ def inception(device="cpu"):
     torchvision's graph, except that its average pools here count no padding and the last block takes a maximum.
     The regions are the 17 x 17 of Mixed_6e averaged to 6 x 6: AttnGAN uses all 289; 36 make the cache 8 times smaller."""
     from torchvision.models import inception_v3
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name)
+    net = inception_v3(weights=None, aux_logits=False, init_weights=False, num_classes=1008)
     try:
-        weights = torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True, weights_only=True)
+        weights = tensors(file) if file.exists() else torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True, weights_only=True)
+        net.load_state_dict({**net.state_dict(), **{k: v for k, v in weights.items() if not k.startswith("fc.")}})
     except Exception as error:
+        if file.exists():
+            raise UserError(f"{file} is damaged; remove it, and it is downloaded again") from None
         raise UserError(f"the Inception network is needed and could not be had ({error}); put {INCEPTION} into "
                         f"{torch.hub.get_dir()}/checkpoints, or give --image-features small") from None
-    net = inception_v3(weights=None, aux_logits=False, init_weights=False, num_classes=1008)
-    net.load_state_dict({**net.state_dict(), **{k: v for k, v in weights.items() if not k.startswith("fc.")}})
     net.fc, net.dropout = nn.Identity(), nn.Identity()
     for layer in net.eval().modules():
         if hasattr(layer, "bn"):               # its scale and shift are part of a fixed convolution: 1.4 times faster on a CPU
@@ -788,13 +806,14 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, image_fe
                 nn.utils.clip_grad_norm_(encoder.parameters(), 0.25)
             optimizer.step()
             done += 1
-            last = stop.code or done % 500 == 0 or done == iterations
+            last = done % 500 == 0 or done == iterations
             if (last or done % 20 == 0) and not math.isfinite(loss.item()):
                 raise UserError(f"the loss of {kind} is not finite at batch {done}; {path} holds the last good state, if any")
             if last:
                 keep()
             bar.step(1, f"loss {loss.item():.3f}" if done % 20 == 0 else None)
         if stop.code:
+            keep()
             print(f"saved to {path}; the same command continues", file=sys.stderr)
             raise SystemExit(stop.code)
 
@@ -830,15 +849,12 @@ PUBLISHED = {  # DAMSM encoders by AttnGAN's authors: address, file, sha256 (non
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Builds plain containers and numpy arrays and nothing else: a pickle that names any other code is refused."""
-    allowed = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
-               ("numpy", "dtype"), ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
-               ("_codecs", "encode")}
+    """Builds plain containers and nothing else: a pickle that names any code is refused."""
 
-    def find_class(self, module, name):
-        if (module, name) not in self.allowed:
+    def find_class(self, module, name):        # numpy's arrays too could be made to point anywhere
+        if (module, name) != ("_codecs", "encode"):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return super().find_class(module, name)
 
 
 def read_pickle(path):
@@ -933,15 +949,15 @@ def embeddings(encoder, dataset):
 # ---------------------------------------------------------------------------------------------------- metrics
 
 def moments(features):
-    """features (N, D) -> N, their sum and the sum of their outer products, in float64, in one vector (1 + D + D*D,): those of
-    parts and of processes add up, so that memory does not grow with the number of pictures."""
-    x = features.double().cpu()
+    """features (N, D) -> N, their sum and the sum of their outer products, in float64, in one vector (1 + D + D*D,). Those of
+    batches and of processes can simply be summed, so that memory does not grow with the number of pictures."""
+    x = features.cpu().double()
     return torch.cat((torch.tensor([float(len(x))]), x.sum(0), (x.T @ x).flatten()))
 
 
 def gaussian(moments):
     """Mean (D,) and covariance (D, D), float64."""
-    dim = math.isqrt(len(moments))                                # 1 + D + D*D lies between D^2 and (D + 1)^2
+    dim = math.isqrt(len(moments))                                # D from 1 + D + D*D
     n, mean, square = moments[0], moments[1:dim + 1] / moments[0], moments[dim + 1:].view(dim, dim)
     return mean, (square - n * torch.outer(mean, mean)) / (n - 1)
 
@@ -953,8 +969,11 @@ def root_of(cov):
 
 
 def frechet(mean1, cov1, mean2, cov2, root=None):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64 (Heusel et al. 2017, eq. 6). That root's trace is the sum of the
-    roots of the eigenvalues of C1 C2, which are those of the symmetric C1^(1/2) C2 C1^(1/2). root: root_of(cov1), to save time."""
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), float64 (Heusel et al. 2017, eq. 6). Only the trace of that root is
+    needed: the sum of the roots of the eigenvalues of C1 C2, which are those of the symmetric C1^(1/2) C2 C1^(1/2), and
+    symmetric matrices have a stable solver. root: root_of(cov1), to save time. NaN where the numbers are not finite."""
+    if not (cov1.isfinite().all() and cov2.isfinite().all()):
+        return math.nan
     root = root_of(cov1) if root is None else root
     overlap = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
     return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * overlap).item()
@@ -979,12 +998,21 @@ def real_features(dataset, net):
             for index in torch.arange(n).split(64):
                 file.write(net(dataset.centre(index))[0].cpu().numpy().tobytes())
                 bar.step(len(index))
-    return data.mapped(path, (n, 2048), torch.float32)
+    features = data.mapped(path, (n, 2048), torch.float32)
+    if not features.isfinite().all():
+        raise UserError(f"{path} is damaged; remove it, and it is computed again")
+    return features
+
+
+@torch.no_grad()
+def diversity(net, paint, sentences, each, seed=0):
+    """Mean distance of the features of two samples of one sentence, `each` samples a sentence, over all of sentences (k, dim)."""
+    return spread(torch.stack([net(eight_bits(paint(sentence.expand(each, -1), seed * 2**20 + i)))[0] for i, sentence in enumerate(sentences)]))
 
 
 def score_encoder(name, root, device, path=None, image_features=None, train=True):
-    """(text encoder, its image side, note) by which R-precision is scored: the encoder.pt given, else the DAMSM trained here
-    on the data set, now if need be; None where it is not there and not to be trained."""
+    """(text encoder, its image side, note) by which R-precision is scored: the encoder.pt given, else the DAMSM of this data
+    set in runs/, trained now if it is not there. train=False: then None."""
     own = Path(path or encoder_path("damsm", name))
     if not path and not (own.exists() and load(own, "text encoder")["note"]):
         if not train:
@@ -1001,7 +1029,7 @@ def score_encoder(name, root, device, path=None, image_features=None, train=True
 
 
 class Judge:
-    """Measures a painter against the unseen pictures of a data set. paint(sentences (N, dim), seed) -> (N, 3, S, S) in [-1, 1].
+    """Measures generated pictures against the unseen ones of a data set. paint(sentences (N, dim), seed) draws them: (N, 3, S, S).
 
     sentences: the generator's sentence embedding of every unseen caption (M, dim). scorer: as score_encoder returns it.
     net: the FID's Inception, or None where it cannot be had: then there is no FID and no diversity."""
@@ -1013,7 +1041,7 @@ class Judge:
         self.classes = unseen.classes[self.owner]
         self.by_class = self.classes.argsort(stable=True)
         if scorer:
-            self.text = F.normalize(scorer[0].encode(unseen.captions, "captions to be told apart"))  # (M, dim)
+            self.text = F.normalize(embeddings(scorer[0], unseen))                                   # (M, dim)
 
     def prepare(self):
         """Features and moments of the real pictures, to compare with."""
@@ -1027,8 +1055,9 @@ class Judge:
         """The real pictures' own R-precision, each with its first caption, and their diversity within a class."""
         out, index = {}, torch.arange(len(self.unseen))
         if self.scorer:
-            out["r_precision"] = torch.cat([self.precise(self.real[i] if self.net else None, self.unseen.centre(i), self.unseen.first[i], 0)
-                                            for i in index.split(64)]).mean().item()
+            small = self.scorer[1].small
+            out["r_precision"] = torch.cat([self.precise(None if small else self.real[i], self.unseen.centre(i) if small else None, self.unseen.first[i], b)
+                                            for b, i in enumerate(index.split(64))]).mean().item()
         groups = [index[self.unseen.classes == c] for c in (self.unseen.classes.bincount() >= each).nonzero()[:, 0]]
         if self.net and groups:
             out["diversity"] = spread([self.real[g[torch.linspace(0, len(g) - 1, each).long()]] for g in groups])
@@ -1046,24 +1075,17 @@ class Judge:
             pooled = side.small(F.interpolate(images, (64, 64), mode="bilinear", antialias=True).to(self.text.device))[0]
         image = F.normalize(side.embed(pooled.to(self.text.device)))                                # (N, dim)
         score = torch.einsum("nd,ncd->nc", image, candidates)
-        return (score[:, 0] >= score[:, 1:].amax(1)).double().cpu()                                  # the same words elsewhere are no error
-
-    @torch.no_grad()
-    def diversity(self, paint, captions, each, seed=0):
-        """Mean distance of the features of two samples of one caption, over several captions."""
-        some = self.sentences[torch.linspace(0, len(self.sentences) - 1, captions).long().to(self.sentences.device)]
-        images = eight_bits(paint(some.repeat_interleave(each, 0), seed))
-        return spread(torch.cat([self.net(x)[0] for x in images.split(64)]).unflatten(0, (captions, each)))
+        return (score[:, 0] >= score[:, 1:].amax(1) - 1e-6).cpu().double()       # a tie: another class has the same words; counted as right
 
     @torch.no_grad()
     def measure(self, paint, n, seed=0, parts=1):
-        """Numbers of n pictures, one each of the unseen captions in random order, again from the first when they are through.
-        Each block of up to 64 has noise of its own, so that the processes that share them change nothing. parts: so many
-        disjoint parts have FIDs of their own, whose spread gives the standard error of the whole."""
+        """Numbers of n pictures, one for each of the unseen captions in random order, again from the first when they are through.
+        The processes share blocks of up to 64; noise is drawn block by block, so that their number changes nothing. parts: the
+        pictures are also split into so many, each with a FID of its own; their spread gives the standard error of the whole."""
         number, among = processes()
-        order, size = torch.randperm(len(self.owner), generator=torch.Generator().manual_seed(seed)), min(64, -(-n // parts))
+        order = torch.randperm(len(self.owner), generator=torch.Generator().manual_seed(seed))
         total = torch.zeros(parts, 1 + 2048 + 2048**2, dtype=torch.double) if self.net else None
-        hit, named, blocks = torch.zeros(n, dtype=torch.double), torch.zeros(3, 2, dtype=torch.double), torch.arange(n).split(size)
+        hit, named, blocks = torch.zeros(n, dtype=torch.double), torch.zeros(3, 2, dtype=torch.double), torch.arange(n).tensor_split(parts * -(-n // (64 * parts)))
         with Progress(n, "evaluating") as bar:
             for b in range(number, len(blocks), among):
                 captions = order[blocks[b] % len(order)]
@@ -1090,7 +1112,7 @@ class Judge:
             folds = torch.stack([fold.mean() for fold in hit.tensor_split(10)])
             out["r_precision"], out["r_precision_folds"] = hit.mean().item(), folds.std().item()
         for (right, of), trait in zip(named.tolist(), ("petal", "centre", "count") if self.unseen.traits else ()):
-            out[trait] = right / of
+            out[trait] = right / max(of, 1)
         return out
 
     def follow(self, images, captions):
@@ -1104,25 +1126,30 @@ class Judge:
 
 def watch(args, unseen, encoder):
     """A function (epoch, paint) -> what it adds to the epoch's row in log.csv: the diversity of 24 samples, where Inception lies
-    on this machine, and every --eval-every epochs FID and R-precision on --eval-images pictures (the DAMSM must be there)."""
-    full, scorer, net = 0 < args.eval_every <= args.epochs, None, None
-    with first():
+    on this machine, and every --eval-every epochs FID on --eval-images pictures; R-precision too if runs/damsm-<data> is there."""
+    full, scorer, net = 0 < args.eval_every <= args.epochs and len(unseen) > 1, None, None
+    with first(), torch.random.fork_rng(devices=[]):               # layers are drawn before they are loaded: not from the run's noise
         try:
             if full or Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name).exists():
                 net = inception(args.device)
         except UserError as error:
             print(f"no FID during training: {error}")
-        if net:
-            if full:
-                scorer = score_encoder(args.data, args.root, args.device, args.score_encoder, train=False)
+        few = encoder.encode([unseen.captions[i] for i in torch.linspace(0, len(unseen.captions) - 1, 8).long()])
+        if net and full:
+            try:
+                scorer = score_encoder(args.data, args.root, args.device, args.score_encoder, train=False) if unseen.classes.max() else None
+            except UserError as error:
+                print(f"no R-precision during training: {error}")
             judge = Judge(unseen, embeddings(encoder, unseen), net, scorer)
-            if full:
-                judge.prepare()
+            judge.prepare()
+    net, full, scorer = net if everywhere(net) else None, full and everywhere(net), everywhere(scorer)
+    if full and not scorer:
+        judge.scorer = None
 
     def add(epoch, paint):
         out = dict(diversity="", fid="", r_precision="")
         if net:
-            out["diversity"] = round(judge.diversity(paint, 8, 3), 4)
+            out["diversity"] = round(diversity(net, paint, few, 3), 4)
             if full and epoch % args.eval_every == 0:
                 seen = judge.measure(paint, args.eval_images or 2000, args.seed)
                 out |= {name: round(seen[name], 4) for name in ("fid", "r_precision") if name in seen}
@@ -1130,54 +1157,68 @@ def watch(args, unseen, encoder):
     return add
 
 
+def everywhere(thing):
+    """Whether every process has it: what only some have must not be used, or they would wait for one another."""
+    return mean(torch.tensor(0.0 if thing is None else 1.0)).item() == 1
+
+
 def is_best(rows):
     """Whether the last row has the lowest FID so far, of its stage."""
     fids = [row.get("fid", "") for row in rows if row.get("stage") == rows[-1].get("stage")]
-    return fids[-1] != "" and fids[-1] == min(fid for fid in fids if fid != "")
+    return fids[-1] != "" and fids[-1] == min(fid for fid in fids if fid != "" and fid == fid)          # NaN is not itself
 
 
 def evaluate(args, state, encoder, size, paint, **about):
     """--evaluate: prints FID, R-precision, diversity and how they were measured, and adds all of it to evaluation.json in the
-    run's folder. size: of the pictures; about: what the script adds to the protocol. Returns nothing."""
-    name, n = state["args"]["data"], args.eval_images or 30000
-    path, done = args.run / "evaluation.json", []
-    if path.exists():
+    run's folder. size: of the pictures; about: what the script adds to the protocol."""
+    name, n, path = state["args"]["data"], args.eval_images or 30000, args.run / "evaluation.json"
+
+    def before():
         try:
-            done = [dict(entry) for entry in json.loads(path.read_text())]
-        except (OSError, ValueError, TypeError):
+            return [dict(entry) for entry in json.loads(path.read_text())] if path.exists() else []
+        except Exception:     # whatever stands there
             raise UserError(f"{path} is damaged; move it away, the next evaluation begins a new one") from None
+
+    before()
     with first():
         unseen, net = data.load(name, "test", size, args.root), None
         try:
             net = inception(args.device)
         except UserError as error:
             print(f"no FID and no diversity: {error}")
+        if len(unseen) < 2:
+            raise UserError(f"{name} has one test picture; an evaluation needs two at least, and means little below some hundreds")
         scorer = score_encoder(name, args.root, args.device, args.score_encoder, args.image_features)
-        if unseen.classes.max() == 0 or not (net or scorer[1].small):
-            print("no R-precision: " + ("it needs captions of more than one picture" if net else "its encoder needs Inception"))
+        if not (net or scorer[1].small):
+            print("no R-precision: its encoder needs Inception")
             scorer = None
         judge = Judge(unseen, embeddings(encoder, unseen), net, scorer)
         judge.prepare()
+    if everywhere(net) != (net is not None) or everywhere(scorer) != (scorer is not None):
+        raise UserError(f"not every process could have {INCEPTION}; put it into {torch.hub.get_dir()}/checkpoints on each machine")
     seen = judge.measure(paint, n, args.seed, parts=5)
     if processes()[0]:
         return
     if net:
-        seen["diversity"] = judge.diversity(paint, min(50, n // 20 + 1, len(judge.owner)), 8, args.seed)
+        some = torch.linspace(0, len(judge.owner) - 1, min(50, n // 20 + 1, len(judge.owner))).long().to(judge.sentences.device)
+        seen["diversity"] = diversity(net, paint, judge.sentences[some], 8, args.seed)
     real, own = judge.of_real(), False
     if scorer:
         own = type(encoder) is type(scorer[0]) and torch.equal(*(some.encode(unseen.captions[:8]) for some in (encoder, scorer[0])))
     report = {
         **seen, **{f"{key}_real": value for key, value in real.items()}, "images": n, **about,
-        "captions": f"the {len(judge.owner)} of {len(unseen)} unseen pictures of {name}, one picture each, in random order, repeated",
+        "captions": f"{len(judge.owner)} of the {len(unseen)} test pictures of {name}, in random order, one picture for each, {n / len(judge.owner):.2f} times",
+        "checkpoint": "the model in weights/" if not (args.run / "last.pt").exists() else str(args.run / ("best.pt" if args.best else "last.pt")),
         "reference": f"{len(unseen)} real pictures, {name} test, central {size} px of {unseen.images.shape[-1]}", "reference_key": unseen.key,
         "fid_network": "pytorch-fid's Inception of 2015-12-05, pool 2048, pictures of 8 bits resized to 299 bilinearly without antialias",
         "weights": f"average of G, decay {state['args']['ema']}", "seed": args.seed, "step": state["step"], "device": args.device,
-        "torch": torch.__version__, "r_precision_encoder": scorer and scorer[2], "r_precision_by_the_generators_encoder": scorer and own}
+        "torch": torch.__version__, "r_precision_encoder": scorer and scorer[2], "r_precision_by_the_generators_encoder": scorer and own,
+        "r_precision_protocol": "top-1 of the own caption and 99 of other classes, drawn with repeats, cosine", "diversity_captions": net and len(some),
+        "diversity_protocol": "mean distance of pool features of 2 of 8 samples a caption; real: of 2 of 8 pictures a class"}
     if net:
-        print(f"FID           {seen['fid']:.2f} +- {seen['fid_error']:.2f} for {n} pictures; it falls as they grow in number: "
-              f"{sum(seen['fid_of_parts']) / 5:.2f} for each fifth of them")
+        print(f"FID           {seen['fid']:.2f} +- {seen['fid_error']:.2f} of {n} pictures; with fewer it is higher: {sum(seen['fid_of_parts']) / 5:.2f} of {n // 5}")
     if scorer:
-        print(f"R-precision   {seen['r_precision']:.1%} +- {seen['r_precision_folds']:.1%} over 10 folds; 1 right caption among 100 of other classes; "
+        print(f"R-precision   {seen['r_precision']:.1%} +- {seen['r_precision_folds']:.1%} over 10 folds; the own caption against 99 of other classes; "
               f"real pictures of this size {real['r_precision']:.1%}\n              by {scorer[2]}, "
               f"{'which trained the generator too: that flatters it' if own else 'which the generator never saw'}")
     if net:
@@ -1185,10 +1226,10 @@ def evaluate(args, state, encoder, size, paint, **about):
               f"{', {:.2f} between two real pictures of a class'.format(real['diversity']) if 'diversity' in real else ''} (distance of features)")
     if unseen.traits:
         print("as said       " + ", ".join(f"{trait} {seen[trait]:.0%}" for trait in ("petal", "centre", "count")) + " of the captions that name it")
-    for key in (*about, "captions", "reference", "fid_network", "weights", "seed", "step"):
+    for key in (*about, "checkpoint", "captions", "reference", "fid_network", "weights", "seed", "step"):
         print(f"{key:13} {report[key]}")
     with data.writing(path) as part:
-        part.write_text(json.dumps([*done, report], indent=1))
+        part.write_text(json.dumps([*before(), report], indent=1))
     print(path)
 
 

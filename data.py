@@ -17,6 +17,8 @@ start-up opens every caption file and asks for every picture's size and time. Th
 moves it to another disk), so that a folder of pictures is never written to.
 """
 import contextlib
+import errno
+import glob
 import gzip
 import hashlib
 import http.client
@@ -76,10 +78,11 @@ class Progress:
         rate = (self.done - self.begun) / max(self.shown - self.start, 1e-9)
         left = int((self.total - self.done) / rate) if rate else 0
         bar = "#" * int(20 * self.done / max(self.total, 1))
-        sys.stderr.write(("\r\033[K" if self.tty else "") +
-                         f"{self.label} [{bar:<20}] {self.done:.0f}/{self.total:.0f}  {rate:.{0 if rate > 9 else 1}f} {self.unit}/s"
-                         f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left  {self.note}{end}")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):                        # Ctrl-C also ends the `tee` that it is piped into
+            sys.stderr.write(("\r\033[K" if self.tty else "") +
+                             f"{self.label} [{bar:<20}] {self.done:.0f}/{self.total:.0f}  {rate:.{0 if rate > 9 else 1}f} {self.unit}/s"
+                             f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left  {self.note}{end}")
+            sys.stderr.flush()
 
     def __enter__(self):
         return self
@@ -91,20 +94,27 @@ class Progress:
 @contextlib.contextmanager
 def writing(path):
     """A temporary name beside path, which takes its place when the block ends well and goes when it does not. What dead
-    processes left behind under such names is swept."""
+    processes left behind under such names is swept. A full or forbidden disk is a UserError."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part{os.getpid()}")
-    for old in path.parent.glob(f"{path.name}.part[0-9]*"):
-        try:
-            os.kill(int(old.name.rpartition(".part")[2]), 0)
-        except (ValueError, ProcessLookupError):
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        except PermissionError:                                   # somebody else's, and alive
-            pass
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(f"{glob.escape(path.name)}.part[0-9]*"):
+            try:
+                if old != part:                                   # in a container a dead process may have had our number
+                    os.kill(int(old.name.rpartition(".part")[2]), 0)
+                    continue
+            except PermissionError:                               # somebody else's, and alive
+                continue
+            except (ValueError, OverflowError, ProcessLookupError):
+                pass
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         yield part
         os.replace(part, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise UserError(f"could not write {path} ({error.strerror}); make room or permit it; what was there before is intact") from None
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
@@ -181,6 +191,11 @@ def extract(archive, folder, name):
             return None
         return "/".join(parts[parts.index(name) + 1:])
 
+    def sound(member):    # of a negative size: tarfile would read the same header for ever
+        if member.size < 0:
+            raise tarfile.TarError("a negative size")
+        return True
+
     try:
         with writing(Path(folder) / name) as part, Progress(1, f"unpacking {Path(archive).name}", "archives") as bar:
             part.mkdir()
@@ -196,13 +211,15 @@ def extract(archive, folder, name):
                     while stream.read(1 << 20):
                         fits(archive, stream.tell())
                 with tarfile.open(archive) as t:
-                    members = ((m, inside(m.name)) for m in t)
+                    members = ((m, inside(m.name)) for m in t if sound(m))
                     t.extractall(part, (m.replace(name=to, deep=False) for m, to in members if to and (m.isfile() or m.isdir())),
                                  filter="data")                   # refuses what would land outside the folder
             if not any(part.iterdir()):
                 raise UserError(f"{archive} holds no folder {name}; remove it and run the same command again")
             bar.step()
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, ValueError, zlib.error, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:    # a damaged archive fails in tarfile, in each decompressor, in the file system
         raise UserError(f"{archive} could not be unpacked ({error}); remove it and run the same command again") from None
 
 
@@ -417,7 +434,10 @@ def digest(pictures):
 
 def mapped(path, shape, dtype=torch.uint8):
     """A file as a tensor that the system pages in and out: not one private to us, which would need memory set aside."""
-    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+    try:
+        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+    except RuntimeError as error:
+        raise UserError(f"{path} could not be mapped ({error}); it must be writable") from None
 
 
 def store(pictures, side, stem, key):
@@ -429,7 +449,7 @@ def store(pictures, side, stem, key):
         known = json.loads(about.read_text())
         fresh = (known["key"] == key and known["count"] + len(known["broken"]) == len(pictures)
                  and images.stat().st_size == known["count"] * 3 * side * side)
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:     # not there, or damaged: built again
         fresh = False
     if not fresh:
         broken = []
@@ -503,9 +523,11 @@ def load(name, split="train", size=64, root="datasets", cache=None):
     folder = (Path(root) / name).resolve() if name == "toy" or name in NAMED else Path(name).resolve()
     try:
         pictures = toy(split) if name == "toy" else NAMED.get(name, own)(folder, split)
-    except (OSError, ValueError, KeyError) as error:              # a file of the archive is missing, or is another one
+    except UserError:
+        raise
+    except Exception as error:    # a file of the archive is missing or another one: tables of nearly any content
         raise UserError(f"{folder} is not laid out as {name} should be ({error}); remove the damaged part and run again") from None
-    where = hashlib.sha256(str(folder).encode()).hexdigest()[:8]  # two folders of one name must not evict each other
+    where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]  # two folders of one name must not evict each other
     return Dataset(folder.name, split, size, pictures, Path(cache or CACHE) / f"{folder.name}-{where}-{split}")
 
 

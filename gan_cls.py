@@ -9,7 +9,7 @@ G draws a picture from noise z and a sentence embedding t; D sees a picture and 
     python gan_cls.py --data flowers                             Oxford-102; the same command again continues
     python gan_cls.py --data flowers --sample "pink flower" "a white flower with a yellow centre"
     python gan_cls.py --data flowers --interpolate "a pink flower" "a yellow flower"       (--noise moves the noise)
-    python gan_cls.py --data flowers --evaluate                FID, R-precision, diversity, and how they were measured
+    python gan_cls.py --data flowers --evaluate                  FID, R-precision, diversity, and how they were measured
     python gan_cls.py --data flowers --style photo.jpg --sample "pink flower"
 
 Toy: petal colour right in 97% of 512 samples for held-out captions (chance 12%), 4 minutes, 2 CPU cores, torch 2.15, one seed.
@@ -250,7 +250,7 @@ def train(args, state):
                 now = (total / (step % len(batches) or len(batches))).tolist()
                 if not math.isfinite(now[0] + now[1]):
                     raise common.UserError(f"the loss is not finite at step {step} (G {now[0]}, D {now[1]}); {args.run}/last.pt, "
-                                           f"if there, is from before; try a smaller --lr")
+                                           f"if there, is from before; try a smaller --lr in another --run")
                 bar.note = "G {:.2f} D {:.2f}  D(real) {:.2f} D(wrong) {:.2f} D(fake) {:.2f}".format(*now)
             bar.label = f"epoch {epoch + 1}/{args.epochs}"
             bar.step(count)
@@ -258,11 +258,11 @@ def train(args, state):
                 rows.append(dict(epoch=epoch + 1, step=step, **{k: round(v, 4) for k, v in zip(
                     ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake"), now)}, **watch(epoch + 1, paint)))
                 total.zero_()
-                keep()
                 if common.is_best(rows):
                     keep("best.pt")
                 common.save_grid(args.run / f"epoch_{epoch + 1:04}.png", draw(ema, *grid), 8, shown)
                 common.save_log(args.run / "log.csv", rows)
+                keep()             # last of all: whatever ends the run before, the epoch's end comes again
                 if step < last:
                     bar.show()
         if stop.code:
@@ -353,7 +353,7 @@ def style_encoder(args, G, state):
     import data
     path, encoder = args.run / "style.pt", common.rebuild(state["text_encoder"]).to(args.device)
     S = StyleEncoder(state["args"]["ndf"]).to(args.device, memory_format=torch.channels_last)
-    mark = [args.style_steps, *(p.double().sum().item() for p in G.parameters())]              # another G needs another S
+    mark = [args.style_steps, *(p.cpu().double().sum().item() for p in G.parameters())]              # another G needs another S
     if path.exists() and (done := common.load(path, "gan_cls style"))["mark"] == mark:
         S.load_state_dict(done["S"])
         print(done["note"])

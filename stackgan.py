@@ -10,7 +10,7 @@ Stage I sketches 64 px from noise z and a sentence embedding t; Stage II reads s
     python stackgan.py --data flowers                            Stage I, then Stage II; the same command again continues
     python stackgan.py --data flowers --sample "pink flower" "a white flower"               Stage I above Stage II
     python stackgan.py --data flowers --interpolate "a pink flower" "a yellow flower"       (--noise moves the noise)
-    python stackgan.py --data flowers --evaluate               FID, R-precision, diversity, and how they were measured
+    python stackgan.py --data flowers --evaluate                 FID, R-precision, diversity, and how they were measured
 
 Toy: petal colour right in 87% of 512 samples for held-out captions (chance 12%), Stage I in 3.6 minutes, Stage II at 128 px in 10
 more, 2 CPU cores, torch 2.15, one seed.
@@ -317,7 +317,7 @@ def train_stage(args, state, stage):
                 now = (total / (step % len(batches) or len(batches))).tolist()
                 if not math.isfinite(sum(now)):
                     raise common.UserError(f"the loss is not finite at step {step} (G {now[0]}, KL {now[1]}, D {now[2]}); "
-                                           f"{args.run}/last.pt, if there, is from before; try a smaller --lr")
+                                           f"{args.run}/last.pt, if there, is from before; try a smaller --lr in another --run")
                 bar.note = "G {:.2f} KL {:.3f} D {:.2f}  D(real) {:.2f} D(wrong) {:.2f} D(fake) {:.2f}".format(*now)
             bar.label = f"Stage {'I' * stage} epoch {epoch + 1}/{args.epochs}"
             bar.step(count)
@@ -325,11 +325,11 @@ def train_stage(args, state, stage):
                 rows.append(dict(stage=stage, epoch=epoch + 1, step=step, **{k: round(v, 4) for k, v in zip(
                     ("loss_g", "kl", "loss_d", "d_real", "d_wrong", "d_fake"), now)}, **watch(epoch + 1, paint)))
                 total.zero_()
-                keep()
                 if common.is_best(rows):
                     keep("best.pt")
                 common.save_grid(args.run / f"stage{stage}_epoch_{epoch + 1:04}.png", draw(*average, *grid, args.no_ca)[-1], side, shown)
                 common.save_log(args.run / "log.csv", rows)
+                keep()             # last of all: whatever ends the run before, the epoch's end comes again
                 if step < last:
                     bar.show()
         if stop.code:

@@ -222,19 +222,18 @@ def test_pickles_build_plain_data_only(tmp_path):
     with pytest.raises(data.UserError, match="is no pickle of plain data"):
         common.read_pickle(tmp_path / "evil.pickle")
     assert not (tmp_path / "ran").exists()
+    # numpy's dtype and array, called from a pickle, could be made to read memory that is not theirs
+    (tmp_path / "evil.pickle").write_bytes(pickle.dumps(np.arange(3)))
+    with pytest.raises(data.UserError, match="it asks for numpy"):
+        common.read_pickle(tmp_path / "evil.pickle")
     for protocol in (0, 2, 4):
-        (tmp_path / "plain.pickle").write_bytes(pickle.dumps([{1: "a"}, np.arange(3), np.float32(2)], protocol))
-        table, array, number = common.read_pickle(tmp_path / "plain.pickle")
-        assert table == {1: "a"} and array.tolist() == [0, 1, 2] and number == 2
+        (tmp_path / "plain.pickle").write_bytes(pickle.dumps([{1: "a"}, [0, 1, 2], 2.5, "ü"], protocol))
+        assert common.read_pickle(tmp_path / "plain.pickle") == [{1: "a"}, [0, 1, 2], 2.5, "ü"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_published_python_2_pickles():
-    folder = shared("reference", "lists", "cub_pickles")
-    names = common.read_pickle(folder / "train_filenames.pickle")
-    classes = common.read_pickle(folder / "train_class_info.pickle")
-    assert len(names) == len(classes) == 8855 and names[0].startswith("002.Laysan_Albatross/")
-    assert all(int(c) == int(n[:3]) for c, n in zip(classes, names))
+    names = common.read_pickle(shared("reference", "lists", "cub_pickles") / "train_filenames.pickle")
+    assert len(names) == 8855 and names[0].startswith("002.Laysan_Albatross/")
 
 
 # ---- choice of encoder

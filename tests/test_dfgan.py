@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from PIL import Image
 
 import common
@@ -112,6 +113,22 @@ def test_blocks_are_the_plain_ones():
     torch.nn.init.constant_(down.gamma, 0.7)
     x = torch.randn(2, 3, 8, 8, dtype=torch.double)
     torch.testing.assert_close(down(x), F.avg_pool2d(down.conv_s(x), 2) + 0.7 * down.conv_r(x))
+
+
+def test_first_is_the_first_two_convolutions_and_so_are_its_gradients():
+    torch.manual_seed(0)
+    D = dfgan.Discriminator(2, 128).double()
+    nn.init.constant_(D.DBlocks[0].gamma, 0.7)
+    x, v = torch.randn(2, 2, 3, 128, 128, dtype=torch.double)
+    x.requires_grad_()
+    results = []
+    for h in (D.first(x), D.DBlocks[0](D.conv_img(x))):
+        gx, = torch.autograd.grad(h.square().sum(), x, create_graph=True)
+        results.append((h, gx, *torch.autograd.grad((gx * v).sum(), (*D.conv_img.parameters(), *D.DBlocks[0].parameters()))))
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+    z = torch.cat((x[:1], x[1:] * 0))                              # the bias alone, border included
+    torch.testing.assert_close(D.features(z), D.DBlocks(D.conv_img(z)), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256, 512])

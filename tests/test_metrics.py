@@ -11,8 +11,7 @@ from PIL import Image
 import common
 import data
 import dfgan
-from conftest import call, run, shared
-from conftest import ROOT
+from conftest import call, same, shared
 
 
 # ---- FID
@@ -104,7 +103,12 @@ class Scorer:
         return pooled
 
 
-def test_r_precision_is_won_by_the_own_caption_and_never_lost_to_the_own_class():
+@pytest.fixture
+def given(monkeypatch):
+    monkeypatch.setattr(common, "embeddings", lambda encoder, unseen: encoder.encode(unseen.captions))
+
+
+def test_r_precision_is_won_by_the_own_caption_and_never_lost_to_the_own_class(given):
     unseen, rng = Unseen(40, 4), torch.Generator().manual_seed(0)
     owner = torch.arange(120) // 3
     axis = torch.nn.functional.one_hot(unseen.classes[owner], 4).float()
@@ -117,7 +121,7 @@ def test_r_precision_is_won_by_the_own_caption_and_never_lost_to_the_own_class()
     assert judge.precise(wrong, None, captions, 0).mean() < 0.05
 
 
-def test_r_precision_of_pictures_without_meaning_is_one_in_a_hundred():
+def test_r_precision_of_pictures_without_meaning_is_one_in_a_hundred(given):
     unseen, rng = Unseen(400, 50), torch.Generator().manual_seed(0)
     text = torch.randn(1200, 64, generator=rng)
     scorer = Scorer(text)
@@ -140,7 +144,7 @@ def test_toy_pictures_show_what_their_captions_say():
 
 @pytest.fixture(scope="module")
 def trained(home):
-    """A DF-GAN of two epochs, measured after each."""
+    """A DF-GAN of three epochs, measured after each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(shared("weights")))
         done = call("dfgan.py", "--data", "own", "--run", "runs/measured", "--size", 32, "--nf", 2, "--batch-size", 8, "--epochs", 3,
@@ -157,12 +161,23 @@ def test_training_measures_itself_and_keeps_the_best(trained):
     assert state["step"] == int(best["step"]) and state["rows"][-1]["fid"] == float(best["fid"])
 
 
+def test_measuring_changes_nothing_in_the_run(home, inception_file):
+    """Networks that are built to measure draw random numbers: not those of the training. Resumed and straight are equal to the bit."""
+    flags = ("dfgan.py", "--data", "own", "--size", 32, "--nf", 1, "--batch-size", 8, "--eval-every", 0)
+    assert call(*flags, "--run", "runs/straight", "--epochs", 2, cwd=home).returncode == 0
+    for epochs in (1, 2):
+        assert call(*flags, "--run", "runs/resumed", "--epochs", epochs, cwd=home).returncode == 0
+    straight, resumed = (common.load(home / "runs" / name / "last.pt", "dfgan") for name in ("straight", "resumed"))
+    assert all(same(straight[key], resumed[key]) for key in ("G", "D", "ema", "opt_g", "opt_d", "rows", "random"))
+    assert all(row["diversity"] >= 0 and row["fid"] == "" for row in straight["rows"])
+
+
 def test_evaluate_says_how_it_measured_and_an_independent_sum_agrees(trained, home, inception_file):
     command = ("dfgan.py", "--data", "own", "--run", "runs/measured", "--evaluate", "--eval-images", 24, "--truncation", 0.8)
     (trained / "evaluation.json").unlink(missing_ok=True)
     done = call(*command, cwd=home)
     assert done.returncode == 0, done.stderr
-    for words in ("FID", "R-precision", "diversity", "24 pictures", "which trained the generator too", "for each fifth"):
+    for words in ("FID", "R-precision", "diversity", "24 pictures", "which trained the generator too", "of 4\n"):
         assert words in done.stdout, done.stdout
     call(*command, "--best", "--seed", 1, cwd=home)
     first, second = json.loads((trained / "evaluation.json").read_text())
@@ -177,7 +192,7 @@ def test_evaluate_says_how_it_measured_and_an_independent_sum_agrees(trained, ho
     sentences = common.rebuild(state["text_encoder"]).encode(unseen.captions)
     order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(0))
     fake = torch.cat([dfgan.draw(ema, dfgan.noise(len(some), b, 0.8), sentences[order[some % len(order)]])
-                      for b, some in enumerate(torch.arange(24).split(5))])
+                      for b, some in enumerate(torch.arange(24).tensor_split(5))])
     net = common.inception()
     f, r = (net(((x + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1)[0].double().numpy() for x in (fake, unseen.centre(torch.arange(len(unseen)))))
     s1, s2 = np.cov(f, rowvar=False), np.cov(r, rowvar=False)
@@ -194,6 +209,7 @@ def test_without_inception_evaluate_says_what_is_missing(trained, home, monkeypa
 @pytest.mark.parametrize("flags, words", [
     (["--best"], "--best says which model draws"),
     (["--evaluate", "--best", "--run", "runs/plain"], "no model in runs/plain yet"),
+    (["--evaluate", "--size", "64"], "--size 64 contradicts the run in runs/measured, which has 32"),
     (["--evaluate", "--eval-images", "3"], "not between 10"),
     (["--evaluate", "--score-encoder", "nowhere.pt"], "nowhere.pt does not exist"),
     (["--evaluate", "--score-encoder", "own/red/0.png"], "is no checkpoint"),
