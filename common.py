@@ -1207,7 +1207,8 @@ def evaluate(args, state, encoder, size, paint, **about):
         own = type(encoder) is type(scorer[0]) and torch.equal(*(some.encode(unseen.captions[:8]) for some in (encoder, scorer[0])))
     report = {
         **seen, **{f"{key}_real": value for key, value in real.items()}, "images": n, **about,
-        "captions": f"{len(judge.owner)} of the {len(unseen)} test pictures of {name}, in random order, one picture for each, {n / len(judge.owner):.2f} times",
+        "captions": f"{f'{n} of the' if n < len(judge.owner) else f'{n / len(judge.owner):.2f} times the'} {len(judge.owner)} captions of the "
+                    f"{len(unseen)} test pictures of {name}, in random order",
         "checkpoint": "the model in weights/" if not (args.run / "last.pt").exists() else str(args.run / ("best.pt" if args.best else "last.pt")),
         "reference": f"{len(unseen)} real pictures, {name} test, central {size} px of {unseen.images.shape[-1]}", "reference_key": unseen.key,
         "fid_network": "pytorch-fid's Inception of 2015-12-05, pool 2048, pictures of 8 bits resized to 299 bilinearly without antialias",
@@ -1225,8 +1226,8 @@ def evaluate(args, state, encoder, size, paint, **about):
         print(f"diversity     {seen['diversity']:.2f} between two samples of a caption"
               f"{', {:.2f} between two real pictures of a class'.format(real['diversity']) if 'diversity' in real else ''} (distance of features)")
     if unseen.traits:
-        print("as said       " + ", ".join(f"{trait} {seen[trait]:.0%}" for trait in ("petal", "centre", "count")) + " of the captions that name it")
-    for key in (*about, "checkpoint", "captions", "reference", "fid_network", "weights", "seed", "step"):
+        print("as said       petal colour {petal:.0%}, centre colour {centre:.0%}, petal count {count:.0%} (of the pictures whose captions name it)".format(**seen))
+    for key in (*(key for key in about if about[key] is not None), "checkpoint", "captions", "reference", "fid_network", "weights", "seed", "step"):
         print(f"{key:13} {report[key]}")
     with data.writing(path) as part:
         part.write_text(json.dumps([*before(), report], indent=1))
