@@ -181,8 +181,8 @@ def parser(script, doc, toy):
     g.add_argument("--ema", type=number(float, 0, 1), default=0.999, help="decay of G's average, which draws the samples (default: 0.999)")
     g.add_argument("--text-encoder", metavar="FILE", help="encoder.pt or released state dict (default: published, else trained here)")
     g.add_argument("--image-features", choices=["inception", "small"], help="image side of its training (default: inception; toy small)")
-    g.add_argument("--eval-every", type=number(int, 0), default=20, metavar="EPOCHS",
-                   help="FID into log.csv, the best model into best.pt (default: 20; 0: never)")
+    g.add_argument("--eval-every", type=number(int, 0), metavar="EPOCHS",
+                   help="FID into log.csv, the best model into best.pt (default: 20 on CUDA, else 0: never)")
     g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: on CUDA)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     g = p.add_argument_group("sampling from the run, or from the model in weights/")
@@ -254,6 +254,7 @@ def parse(p, toy, fixed, argv=None, begin=None):
     args.device = place
     on_gpu = place.startswith("cuda")
     args.bf16, args.compile = (on_gpu if flag is None else flag for flag in (args.bf16, args.compile))
+    args.eval_every = 20 * on_gpu if args.eval_every is None else args.eval_every       # minutes each on a CPU
     return args, state
 
 
@@ -1170,7 +1171,8 @@ def is_best(rows):
 
 def evaluate(args, state, encoder, size, paint, **about):
     """--evaluate: prints FID, R-precision, diversity and how they were measured, and adds all of it to evaluation.json in the
-    run's folder. size: of the pictures; about: what the script adds to the protocol."""
+    run's folder. size: of the pictures; about: what the script adds to the protocol; functions in it are
+    called when all else is measured."""
     name, n, path = state["args"]["data"], args.eval_images or 30000, args.run / "evaluation.json"
 
     def before():
@@ -1202,6 +1204,7 @@ def evaluate(args, state, encoder, size, paint, **about):
     if net:
         some = torch.linspace(0, len(judge.owner) - 1, min(50, n // 20 + 1, len(judge.owner))).long().to(judge.sentences.device)
         seen["diversity"] = diversity(net, paint, judge.sentences[some], 8, args.seed)
+    about = {key: value() if callable(value) else value for key, value in about.items()}
     real, own = judge.of_real(), False
     if scorer:
         own = type(encoder) is type(scorer[0]) and torch.equal(*(some.encode(unseen.captions[:8]) for some in (encoder, scorer[0])))

@@ -338,10 +338,9 @@ def evaluate(args, state):
     """FID, R-precision and diversity, as common.evaluate prints how, and the style encoder's ROC AUC."""
     import common
     G, encoder, state = finished(args, state)
-    style = style_encoder(args, G, state)[1] if common.processes()[0] == 0 else None
     count = lambda net: sum(p.numel() for p in net.parameters())
     common.evaluate(args, state, encoder, SIZE, lambda t, seed: draw(G, noise(len(t), seed).to(args.device), t),
-                    style=style, parameters_G=count(G), parameters_D=count(Discriminator(state["args"]["ndf"])))
+                    style=lambda: style_encoder(args, G, state)[1], parameters_G=count(G), parameters_D=count(Discriminator(state["args"]["ndf"])))
     return 0
 
 

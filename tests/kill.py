@@ -118,6 +118,9 @@ def main():
             for key in expect:
                 if key not in ("args", "pictures", "text_note"):       # these name the folder
                     assert same(state[key], expect[key]), f"{script.__name__}: {key} differs from the run that nobody killed"
+            whole = Path(place, script.__name__, "run")
+            assert (folder / "run" / "log.csv").read_text() == (whole / "log.csv").read_text(), "log.csv differs"
+            assert {p.name for p in (folder / "run").iterdir()} == {p.name for p in whole.iterdir()}, "a grid is missing"
             left = [p.name for p in folder.rglob("*.part*")]
             assert not left, left
             finished += 1
