@@ -62,8 +62,10 @@ def start(script, folder):
 
 def look(folder, script, before):
     """What lies there after a kill: (moment, step). Anything that does not load is an error."""
-    moment, step = "before any file", 0
+    moment, step = "before any file", (0, 0)
     parts = [p.name for p in folder.rglob("*.part*")]
+    if list(folder.rglob("*.u8")):
+        moment = "pictures prepared"
     for path in folder.rglob("encoder.pt"):
         moment = "text encoder finished" if common.load(path, "text encoder")["note"] else "text encoder unfinished"
     if (path := folder / "run" / "last.pt").exists():
@@ -97,10 +99,10 @@ def main():
         while kills < a.kills:
             script = scripts[finished % len(scripts)]
             begin(folder)
-            step, done = (0, 0), False
+            step, done, reach = (0, 0), False, truth[script][1] / 3
             while not done:
-                # the moments: uniform over half of the whole run, so that each run is killed several times
-                child, wait = start(script, folder), rng.uniform(0.05, truth[script][1] / 2) if kills < a.kills else 1e9
+                # the moments: uniform over a part of the whole run that grows until something new is saved
+                child, wait = start(script, folder), rng.uniform(0.02, reach) if kills < a.kills else 1e9
                 end = time.time() + wait
                 while not done and time.time() < end:
                     gone, status = os.waitpid(child, os.WNOHANG)
@@ -111,7 +113,8 @@ def main():
                 if not done:
                     os.kill(child, signal.SIGKILL)
                     os.waitpid(child, 0)
-                    moment, step = look(folder, script, step)
+                    moment, now = look(folder, script, step)
+                    reach, step = truth[script][1] / 3 if now > step else reach * 1.3, now
                     hit[f"{script.__name__}: {moment}"] += 1
                     kills += 1
             state, expect = common.load(folder / "run" / "last.pt", script.__name__), truth[script][0]
