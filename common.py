@@ -245,7 +245,8 @@ def parse(p, toy, fixed, argv=None, begin=None):
         raise SystemExit(0)
     args.run, args.data = run, data.source(args.data)
     for name in fixed if state else ():
-        if name == "seed" and (drawing or args.evaluate):          # there it is the noise's
+        # drawing: the seed is the noise's, and a checkpoint may have come from a machine where the pictures lay elsewhere
+        if name == "seed" and (drawing or args.evaluate) or name == "data" and (drawing or args.evaluate and args.data.startswith(os.sep)):
             continue
         if getattr(args, name) != state["args"][name]:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts "
@@ -1173,7 +1174,8 @@ def evaluate(args, state, encoder, size, paint, **about):
     """--evaluate: prints FID, R-precision, diversity and how they were measured, and adds all of it to evaluation.json in the
     run's folder. size: of the pictures; about: what the script adds to the protocol; functions in it are
     called when all else is measured."""
-    name, n, path = state["args"]["data"], args.eval_images or 30000, args.run / "evaluation.json"
+    name = args.data if (args.run / "last.pt").exists() else state["args"]["data"]
+    n, path = args.eval_images or 30000, args.run / "evaluation.json"
 
     def before():
         try:

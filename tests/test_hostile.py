@@ -97,3 +97,15 @@ def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     said = (tmp_path / "said").read_text()
     assert (tmp_path / "code").read_text() == "2\n" and "could not write" in said and "intact" in said and "Traceback" not in said, said
+
+
+def test_a_checkpoint_draws_where_its_pictures_are_not(home, tmp_path):
+    import shutil
+    run = ("dfgan.py", "--data", "own", "--size", 32, "--nf", 1, "--batch-size", 8, "--epochs", 1, "--run", "runs/moving")
+    assert call(*run, cwd=home).returncode == 0
+    shutil.copytree(home / "runs" / "moving", tmp_path / "there")
+    for flags in ([], ["--data", "elsewhere"]):
+        done = call("dfgan.py", "--run", "there", *flags, "--sample", "a red picture", cwd=tmp_path)
+        assert done.returncode == 0 and (tmp_path / done.stdout.split()[-1]).is_file(), done.stderr
+    done = call(*run[:1], "--data", "toy", *run[3:], cwd=home)     # to train on other pictures is another run
+    assert done.returncode == 2 and "--data toy contradicts" in done.stderr
