@@ -109,7 +109,7 @@ def save(path, state):
     """torch.save to a temporary name, flushed, then renamed: an interrupted write never costs the last good file."""
     if processes()[0]:
         return
-    state = {"format": FORMAT, **state}
+    state = {"format": FORMAT, **{key: dict(value) if isinstance(value, Kept) else value for key, value in state.items()}}
     if not all(v.isfinite().all() for net in ("G", "D", "ema") for v in (state.get(net) or {}).values()):
         raise UserError(f"the weights are not finite at step {state['step']}; {path}, if there, is from before; try smaller learning rates "
                         f"in another --run")

@@ -298,7 +298,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(home):
         assert same(a[name], b[name]), name
     assert (home / "df-straight" / "epoch_0002.png").read_bytes() == (home / "df-resumed" / "epoch_0002.png").read_bytes()
     lines = (home / "df-straight" / "log.csv").read_text().splitlines()
-    assert lines[0] == "epoch,step,loss_g,loss_d,d_real,d_wrong,d_fake,ma_gp" and len(lines) == 3
+    assert lines[0] == "epoch,step,loss_g,loss_d,d_real,d_wrong,d_fake,ma_gp,diversity,fid,r_precision" and len(lines) == 3
 
 
 def test_stopped_in_the_middle_it_saves_and_continues(home):

@@ -238,7 +238,7 @@ def test_both_stages_and_a_straight_run_equals_stage_by_stage(home):
     names = {p.name for p in (home / "st-straight").glob("*.png")}
     assert names == {f"stage{s}_epoch_000{e}.png" for s in (1, 2) for e in (1, 2)}
     lines = (home / "st-straight" / "log.csv").read_text().splitlines()
-    assert lines[0] == "stage,epoch,step,loss_g,kl,loss_d,d_real,d_wrong,d_fake" and [line[:4] for line in lines[1:]] == ["1,1,", "1,2,", "2,1,", "2,2,"]
+    assert lines[0] == "stage,epoch,step,loss_g,kl,loss_d,d_real,d_wrong,d_fake,diversity,fid,r_precision" and [line[:4] for line in lines[1:]] == ["1,1,", "1,2,", "2,1,", "2,2,"]
     assert train(home, "st-parts", 1, "--stage", 1).returncode == 0      # one epoch, the second, one of Stage II, the second
     assert train(home, "st-parts", 2, "--stage", 1).returncode == 0
     first = state(home, "st-parts")
@@ -278,7 +278,7 @@ def test_stopped_in_the_middle_of_a_stage_it_goes_on_there(home, stage):
 def test_killed_in_the_middle_of_stage_ii_the_same_command_continues_stage_ii(home):
     command = [*map(str, TINY), "--run", "st-kill", "--epochs", "4"]
     process = subprocess.Popen([sys.executable, str(SCRIPT), *command], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (home / "st-kill" / "stage2_epoch_0001.png").exists() and process.poll() is None:
+    while not (home / "st-kill" / "stage2_epoch_0002.png").exists() and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     process.communicate()
