@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import signal
 import sys
@@ -25,6 +26,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -158,13 +160,18 @@ def load(path, kind):
 
 
 def random_state(state=None):
-    """The random states of torch on the CPU and on this process's GPU; given one, restores it. Python's and numpy's own
-    generators are drawn from by nothing in a run, and the order of the data is a function of seed and step."""
+    """The random states of torch on the CPU and on this process's GPU, of numpy and of python; given them, restores them. Nothing
+    here draws from the last two: they are there for what is added to a copied script."""
     if state is not None:
         torch.set_rng_state(state["cpu"])
         if torch.cuda.is_available() and isinstance(state["cuda"], torch.Tensor):
             torch.cuda.set_rng_state(state["cuda"])
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+        if "python" in state:
+            random.setstate(state["python"])
+            np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], np.uint32), *state["numpy"][2:]))
+    name, keys, *rest = np.random.get_state()
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
 
 
 def parser(script, doc, toy):
@@ -244,6 +251,7 @@ def parse(p, toy, fixed, argv=None, begin=None):
     if processes()[0] and drawing:                                 # the first process draws
         raise SystemExit(0)
     args.run, args.data = run, data.source(args.data)
+    random.seed(args.seed), np.random.seed(args.seed)
     for name in fixed if state else ():
         # drawing: the seed is the noise's, and a checkpoint may have come from a machine where the pictures lay elsewhere
         if name == "seed" and (drawing or args.evaluate) or name == "data" and (drawing or args.evaluate and args.data.startswith(os.sep)):
@@ -338,7 +346,7 @@ def mean(x):
 def compiled(functions, step, parts):
     """torch.compile of functions, tried in one training step(*functions), forward and backward, whose traces in parts
     (networks, optimisers) and random numbers are undone. Where that fails: the functions as they are, and one printed line."""
-    before, random = copy.deepcopy({name: part.state_dict() for name, part in parts.items()}), random_state()
+    before, drawn = copy.deepcopy({name: part.state_dict() for name, part in parts.items()}), random_state()
     try:
         fast = [torch.compile(f) for f in functions]
         step(*fast)
@@ -353,7 +361,7 @@ def compiled(functions, step, parts):
         part.load_state_dict(before[name])
         if isinstance(part, nn.Module):                            # g_step may have ended in between
             part.requires_grad_(True)
-    random_state(random)
+    random_state(drawn)
     return functions
 
 
