@@ -136,6 +136,10 @@ def tensors(path):
 class Kept(dict):
     """What a file holds; asked for what it does not hold, it says so in one sentence."""
 
+    def __init__(self, path, content):
+        super().__init__(content)
+        self.path = path
+
     def __missing__(self, key):
         raise UserError(f"{self.path} holds no {key!r}: it is damaged, or of another version; give another file or remove it")
 
@@ -152,11 +156,9 @@ def load(path, kind):
         raise UserError(f"{path} holds no {kind} checkpoint; give one that this script wrote")
     if not isinstance(state.get("format", 0), int) or state.get("format", 0) > FORMAT:
         raise UserError(f"{path} is of format {state['format']}, this program reads {FORMAT}; take a newer version of it")
-    state = Kept({key: Kept(value) if key == "args" and isinstance(value, dict) else value for key, value in state.items()})
-    state.path = path
-    if isinstance(args := state.get("args", Kept()), Kept):
-        args.path = path
-    return state
+    if isinstance(state.get("args"), dict):
+        state["args"] = Kept(path, state["args"])
+    return Kept(path, state)
 
 
 def random_state(state=None):
@@ -230,13 +232,9 @@ def parse(p, toy, fixed, argv=None, begin=None):
     if run.exists() and not run.is_dir():
         raise UserError(f"--run {run} is a file; give a folder")
     begun = (run / "last.pt").exists()
-    state = load(run / ("best.pt" if first.best and (run / "best.pt").exists() else "last.pt"), script) if begun else None
-    if not begun and begin and first.init:
-        state = begin(first)
-    if begun and first.best and not (run / "best.pt").exists():
-        raise UserError(f"there is no best.pt in {run} yet; --eval-every writes it")
-    if first.best and not begun:
-        raise UserError(f"there is no model in {run} yet, so no best one; leave --best out")
+    if first.best and not (run / "best.pt").exists():
+        raise UserError(f"there is no best.pt in {run}; training with --eval-every writes it")
+    state = load(run / ("best.pt" if first.best else "last.pt"), script) if begun else begin(first) if begin and first.init else None
     if (state["args"]["data"] if state else first.data) == "toy":
         p.set_defaults(**toy, eval_every=0)
     if state:
@@ -1033,7 +1031,8 @@ def score_encoder(name, root, device, path=None, image_features=None, train=True
     if state["about"]["data"] != data.source(name) or not state["note"]:
         raise UserError(f"{own} was trained on {state['about']['data']}{'' if state['note'] else ', and not to the end'}; "
                         f"R-precision on {name} needs one trained on it: python common.py --encoder damsm --data {name}")
-    encoder, side = rebuild(state["encoder"]), ImageSide(rebuild(state["encoder"]).dim, state["about"]["small"])
+    encoder = rebuild(state["encoder"])
+    side = ImageSide(encoder.dim, state["about"]["small"])
     side.load_state_dict(state["image"])
     return encoder.to(device), side.to(device).eval().requires_grad_(False), f"{state['note']} ({own})"
 

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import data  # noqa: E402
 import dfgan  # noqa: E402
+from conftest import tarred, zipped  # noqa: E402
 
 WORDS = ["<end>", *(f"w{i}" for i in range(20))]
 
@@ -63,24 +64,6 @@ def picture(mode="RGB", form="png", side=24):
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 4), np.uint8)
     out = io.BytesIO()
     Image.fromarray(noise, "RGBA").convert(mode).save(out, form)
-    return out.getvalue()
-
-
-def tarred(files):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as t:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            t.addfile(info, io.BytesIO(content))
-    return out.getvalue()
-
-
-def zipped(files):
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
-        for name, content in files.items():
-            z.writestr(name, content)
     return out.getvalue()
 
 

@@ -355,24 +355,6 @@ def coco_zips():
     return {name: zipped(files) for name, files in zips.items()}
 
 
-def zipped(files):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as z:
-        for name, content in files.items():
-            z.writestr(name, content)
-    return file.getvalue()
-
-
-def tarred(files):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as t:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            t.addfile(member, io.BytesIO(content))
-    return file.getvalue()
-
-
 @pytest.fixture
 def server():
     """files: what it serves; cut: names it breaks off half-way, once; asked: the Range headers it saw."""

@@ -208,7 +208,7 @@ def test_without_inception_evaluate_says_what_is_missing(trained, home, monkeypa
 
 @pytest.mark.parametrize("flags, words", [
     (["--best"], "--best says which model draws"),
-    (["--evaluate", "--best", "--run", "runs/plain"], "no model in runs/plain yet"),
+    (["--evaluate", "--best", "--run", "runs/plain"], "no best.pt in runs/plain;"),
     (["--evaluate", "--size", "64"], "--size 64 contradicts the run in runs/measured, which has 32"),
     (["--evaluate", "--eval-images", "3"], "not between 10"),
     (["--evaluate", "--score-encoder", "nowhere.pt"], "nowhere.pt does not exist"),
