@@ -8,6 +8,7 @@ through, and its checkpoint must be, to the bit, that of a run that nobody kille
 """
 import argparse
 import collections
+import contextlib
 import os
 import random
 import shutil
@@ -18,11 +19,13 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import data  # noqa: E402
 import dfgan  # noqa: E402
 import gan_cls  # noqa: E402
 import stackgan  # noqa: E402
@@ -60,6 +63,54 @@ def start(script, folder):
         os._exit(code)
 
 
+def caches(rounds, rng, place):
+    """Kills while pictures, sentences and the features of pictures are being stored. Returns Counter of what was being written."""
+    hit, folder = collections.Counter(), place / "caches"
+    for i in range(150):
+        (folder / "own").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (300, 300), (i, 250 - i, 90)).save(folder / "own" / f"{i}.png")
+        (folder / "own" / f"{i}.txt").write_text(f"picture {i}\n" * 20)
+    torch.manual_seed(0)
+    encoder = common.CharCnnRnn((16, 16, 16)).requires_grad_(False)
+    net = lambda images: (F.adaptive_avg_pool2d(images, (26, 26)).flatten(1).repeat(1, 2)[:, :2048],)
+
+    def build():
+        dataset = data.load("own", "train", 64)
+        return dataset.images, common.embeddings(encoder, dataset), common.real_features(dataset, net)
+
+    def child():
+        if number := os.fork():
+            return number
+        os.chdir(folder)
+        os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT), 2)
+        torch.set_num_threads(1)
+        build()
+        os._exit(0)
+
+    while sum(hit.values()) < rounds:
+        shutil.rmtree(folder / "datasets", ignore_errors=True)
+        clock = time.time()
+        os.waitpid(child(), 0)                                     # how long it takes, in one go
+        took, done = time.time() - clock, set()
+        shutil.rmtree(folder / "datasets")
+        while len(done) < 8 and sum(hit.values()) < rounds:
+            number = child()
+            time.sleep(rng.uniform(0, took))
+            os.kill(number, signal.SIGKILL)
+            os.waitpid(number, 0)
+            parts = sorted(p.name.split(".part")[0].rpartition(".")[2] for p in (folder / "datasets").rglob("*.part*"))
+            hit[f"caches: {'while writing .' + parts[0] if parts else 'between two files'}"] += 1
+            done.add(len(done))
+        before = os.getcwd()
+        os.chdir(folder)
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
+            found = build()
+            shutil.rmtree("datasets")
+            assert all(map(torch.equal, found, build())), "a cache differs from one that nobody killed"
+        os.chdir(before)
+    return hit
+
+
 def look(folder, script, before):
     """What lies there after a kill: (moment, step). Anything that does not load is an error."""
     moment, step = "before any file", (0, 0)
@@ -90,6 +141,7 @@ def main():
     scripts = [script for script in FLAGS if script.__name__ in a.only]
     with tempfile.TemporaryDirectory() as place:
         folder, truth = Path(place, "killed"), {}
+        hit += caches(a.kills // 4, rng, Path(place))
         for script in scripts:                                     # what nobody killed
             begin(Path(place, script.__name__))
             clock = time.time()
@@ -129,7 +181,7 @@ def main():
             finished += 1
     for moment, n in sorted(hit.items()):
         print(f"{n:4}  {moment}")
-    print(f"{kills} kills, {finished} runs ended as the ones that nobody killed, to the bit")
+    print(f"{kills} kills and {a.kills // 4} of the caches, {finished} runs ended as the ones that nobody killed, to the bit")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 import http.server
 import io
 import json
-import tarfile
 import threading
-import zipfile
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import torch
 from PIL import Image
 
 import data
-from conftest import run, shared
+from conftest import run, shared, tarred, zipped
 
 
 def picture(path, colour=(200, 30, 40), size=(90, 80), **how):
