@@ -2,6 +2,7 @@
 
     python common.py --encoder char-cnn-rnn --data flowers      # train an encoder, print its retrieval on unseen classes
     python common.py --encoder damsm --data path/to/folder
+    python common.py --export runs/dfgan-flowers/last.pt --out small.pt       # a trained model to give away
 
 char-cnn-rnn  Reed et al., "Learning Deep Representations of Fine-grained Visual Descriptions", CVPR 2016: 1024-d
 damsm         Xu et al., "AttnGAN", CVPR 2018, section 3.2: bi-LSTM, 256-d words and sentence
@@ -141,24 +142,49 @@ class Kept(dict):
         self.path = path
 
     def __missing__(self, key):
-        raise UserError(f"{self.path} holds no {key!r}: it is damaged, or of another version; give another file or remove it")
+        raise UserError(f"{self.path} holds no {key!r}: it is damaged, of another version or exported for drawing alone; give another file or "
+                        f"remove it")
 
 
-def load(path, kind):
-    """A file written by `save` whose state["kind"] is kind, e.g. "gan_cls". Loads tensors and plain containers only."""
+def load(path, *kinds):
+    """A file written by `save` whose state["kind"] is one of kinds, e.g. "gan_cls". Loads tensors and plain containers only."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
     try:
         state = tensors(path)
     except Exception:   # a damaged file fails in zipfile, in pickle or in torch, each with errors of its own
         raise UserError(f"{path} is no checkpoint, or is damaged; give another file or remove it") from None
-    if not isinstance(state, dict) or state.get("kind") != kind:
-        raise UserError(f"{path} holds no {kind} checkpoint; give one that this script wrote")
+    if not isinstance(state, dict) or state.get("kind") not in kinds:
+        raise UserError(f"{path} holds no {' or '.join(kinds)} checkpoint; give one that this script wrote")
     if not isinstance(state.get("format", 0), int) or state.get("format", 0) > FORMAT:
         raise UserError(f"{path} is of format {state['format']}, this program reads {FORMAT}; take a newer version of it")
     if isinstance(state.get("args"), dict):
         state["args"] = Kept(path, state["args"])
     return Kept(path, state)
+
+
+def export(source, path):
+    """Of a script's checkpoint what drawing and measuring need, small enough to give away: G's average and the text encoder, matrices
+    in float16. Every script's --sample takes it, as runs/<script>-<data>/last.pt or, for those that come with the project, in weights/."""
+    state = load(source, "gan_cls", "stackgan", "dfgan")
+    small = {key: state[key] for key in ("kind", "step", "stage", "pictures", "text_note") if key in state}
+    for net in ("ema", "G1", "text_encoder"):
+        if state.get(net):       # vectors (biases, batch norm) stay float32: variances may be too small for float16
+            small[net] = {k: v.half() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim > 1 else v for k, v in state[net].items()}
+    # of folders and files of this machine no more than the name
+    save(path, {**small, "args": {k: Path(v).name if isinstance(v, str) else v for k, v in state["args"].items()}})
+
+
+def shipped(args, kind):
+    """The model in weights/, where neither --run nor --data asks for another. What it draws goes to runs/<script>-weights."""
+    path = Path(__file__).parent / "weights" / f"{kind}.pt"
+    state = load(path, kind) if path.exists() else None
+    if state is None or args.run not in (Path(f"runs/{kind}-toy"), Path(f"runs/{kind}-{state['args']['data']}")):
+        raise UserError(f"there is no model in {args.run} yet; train one first: python {kind}.py --data {args.data}"
+                        f"{state and ', or leave out --run and --data for the one in weights/, trained on ' + state['args']['data'] or ''}")
+    print(f"there is no model in {args.run} yet: this is {path.parent.name}/{path.name}")
+    args.run = Path(f"runs/{kind}-weights")
+    return state
 
 
 def random_state(state=None):
@@ -246,6 +272,8 @@ def parse(p, toy, fixed, argv=None, begin=None):
     drawing = args.sample or args.interpolate
     if args.best and not (drawing or args.evaluate):
         raise UserError("--best says which model draws; add --sample, --interpolate or --evaluate")
+    if begun and not (drawing or args.evaluate):
+        state["G"]                                                 # what was exported holds none: said before anything is prepared
     if processes()[0] and drawing:                                 # the first process draws
         raise SystemExit(0)
     args.run, args.data = run, data.source(args.data)
@@ -1221,7 +1249,7 @@ def evaluate(args, state, encoder, size, paint, **about):
         **seen, **{f"{key}_real": value for key, value in real.items()}, "images": n, **about,
         "captions": f"{f'{n} of the' if n < len(judge.owner) else f'{n / len(judge.owner):.2f} times the'} {len(judge.owner)} captions of the "
                     f"{len(unseen)} test pictures of {name}, in random order",
-        "checkpoint": "the model in weights/" if not (args.run / "last.pt").exists() else str(args.run / ("best.pt" if args.best else "last.pt")),
+        "checkpoint": f"weights/{state['kind']}.pt" if not (args.run / "last.pt").exists() else str(args.run / ("best.pt" if args.best else "last.pt")),
         "reference": f"{len(unseen)} real pictures, {name} test, central {size} px of {unseen.images.shape[-1]}", "reference_key": unseen.key,
         "fid_network": "pytorch-fid's Inception of 2015-12-05, pool 2048, pictures of 8 bits resized to 299 bilinearly without antialias",
         "weights": f"average of G, decay {state['args']['ema']}", "seed": args.seed, "step": state["step"], "device": args.device,
@@ -1255,7 +1283,8 @@ def traits_follow(unseen, encoder, paint):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="common.py", description="Train a text encoder and print its retrieval on held-out classes.")
+    p = argparse.ArgumentParser(prog="common.py", description="Train a text encoder and print its retrieval on held-out classes; "
+                                                                 "or make a small file of a checkpoint.")
     p.add_argument("--encoder", choices=["char-cnn-rnn", "damsm"], default="char-cnn-rnn")
     p.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder of pictures and captions (default: toy)")
     p.add_argument("--root", default="datasets", help="folder that holds the named data sets (default: datasets)")
@@ -1263,8 +1292,15 @@ def main():
     p.add_argument("--image-features", choices=["inception", "small"], help="image side (default: inception; toy small)")
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    p.add_argument("--export", type=Path, metavar="FILE", help="no training: what drawing needs of a script's checkpoint, in float16, to --out")
     p.add_argument("--out", type=Path, help="file to write (default: runs/<encoder>-<data>/encoder.pt)")
     a = p.parse_args()
+    if a.export:
+        if not a.out:
+            raise UserError("--export needs --out, the file to write")
+        export(a.export, a.out)
+        print(f"saved to {a.out}, {a.out.stat().st_size / 1e6:.1f} MB")
+        return
     out = a.out or encoder_path(a.encoder, a.data)
     print(train_text_encoder(a.encoder, a.data, a.root, device(a.device), out, a.iterations, a.image_features, a.seed))
     print(f"saved to {out}")

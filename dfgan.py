@@ -399,12 +399,7 @@ def released(first):
 def finished(args, state):
     """The EMA generator and the text encoder of the run, or of the model in weights/; prints which."""
     import common
-    from pathlib import Path
-    shipped = Path(__file__).parent / "weights" / "dfgan.pt"
-    if state is None:
-        if not shipped.exists():
-            raise common.UserError(f"there is no model in {args.run} yet; train one first: python dfgan.py --data {args.data}")
-        state = common.load(shipped, "dfgan")
+    state = state or common.shipped(args, "dfgan")
     begun = f"begun with {state['args']['init']}, " if state["args"]["init"] else ""
     print(f"{begun}trained on {state['args']['data']}, {state['step']} steps; text encoder: {state['text_note']}")
     G = AveragedModel(Generator(state["args"]["nf"], state["args"]["size"], state["args"]["fusion"]), use_buffers=True)

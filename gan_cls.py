@@ -291,12 +291,7 @@ def draw(G, z, t, batch=64):
 def finished(args, state):
     """The EMA generator and the text encoder of the run, or of the model in weights/; prints which."""
     import common
-    from pathlib import Path
-    shipped = Path(__file__).parent / "weights" / "gan_cls.pt"
-    if state is None:
-        if not shipped.exists():
-            raise common.UserError(f"there is no model in {args.run} yet; train one first: python gan_cls.py --data {args.data}")
-        state = common.load(shipped, "gan_cls")
+    state = state or common.shipped(args, "gan_cls")
     print(f"trained on {state['args']['data']}, {state['step']} steps; text encoder: {state['text_note']}")
     G = AveragedModel(Generator(state["args"]["ngf"]), use_buffers=True)
     G.load_state_dict(state["ema"])

@@ -378,12 +378,7 @@ def first_stage(state, device):
 def finished(args, state):
     """A painter (noise, t) -> pictures of each stage, and the text encoder, of the run or of the model in weights/; prints which."""
     import common
-    from pathlib import Path
-    shipped = Path(__file__).parent / "weights" / "stackgan.pt"
-    if state is None:
-        if not shipped.exists():
-            raise common.UserError(f"there is no model in {args.run} yet; train one first: python stackgan.py --data {args.data}")
-        state = common.load(shipped, "stackgan")
+    state = state or common.shipped(args, "stackgan")
     print(f"trained on {state['args']['data']}, {state['step']} steps of Stage {'I' * state['stage']}; text encoder: {state['text_note']}")
     G1, G2 = first_stage(state, args.device), None
     if state["stage"] == 2:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import common
 import data
-from conftest import ROOT, run, shared
+from conftest import ROOT, call, run, shared
 
 
 def golden(name):
@@ -193,6 +194,43 @@ def test_save_never_costs_the_last_good_file(tmp_path):
     with pytest.raises(data.UserError, match="what was there before is intact"):
         common.save(tmp_path / "a.pt", {"kind": "x", "n": Unpicklable()})
     assert common.load(tmp_path / "a.pt", "x")["n"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("script, flags", [("gan_cls", "--ngf 4 --ndf 4"), ("dfgan", "--size 32 --nf 2"),
+                                           ("stackgan", "--size 128 --ngf 4 --ndf 2 --captions-per-image 1")])
+def test_an_exported_model_draws_as_the_whole_checkpoint(home, tmp_path, monkeypatch, script, flags):
+    use = lambda *flags: call(ROOT / f"{script}.py", "--device", "cpu", *flags, cwd=home)
+    done = use("--data", "own", "--run", f"whole-{script}", "--epochs", 1, "--batch-size", 4, "--image-features", "small", *flags.split())
+    assert done.returncode == 0, done.stderr
+    small, said = tmp_path / "weights" / f"{script}.pt", ("--sample", "a red picture", "it is blue")
+    monkeypatch.setattr(sys, "argv", ["common.py", "--export", str(home / f"whole-{script}" / "last.pt"), "--out", str(small)])
+    common.main()
+    assert small.stat().st_size < (home / f"whole-{script}" / "last.pt").stat().st_size * 0.7
+    kept = common.load(small, script)
+    assert kept["args"]["data"] == "own" and str(home) not in str(kept["args"]) and not {"G", "D", "opt_g", "opt_d"} & set(kept)
+    whole = use("--data", "own", "--run", f"whole-{script}", *said)
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    alone = use(*said)                                             # neither --run nor --data: the model in weights/
+    assert f"this is weights/{script}.pt" in alone.stdout and f"runs/{script}-weights/sample-" in alone.stdout, alone.stderr
+    seen = [np.asarray(Image.open(home / done.stdout.split()[-1])).astype(int) for done in (whole, alone)]
+    assert seen[0].shape == seen[1].shape and 0 <= abs(seen[0] - seen[1]).max() <= 2 and seen[0].std() > 1
+    other = use("--data", "own/red", *said)
+    assert other.returncode == 2 and "train one first" in other.stderr and "leave out --run and --data" in other.stderr
+    (home / "small").mkdir(exist_ok=True)
+    small.rename(home / "small" / "last.pt")
+    assert use("--data", "own", "--run", "small", *said).returncode == 0
+    again = use("--data", "own", "--run", "small", "--epochs", 2)
+    assert again.returncode == 2 and "exported for drawing alone" in again.stderr
+    (home / "small" / "last.pt").unlink()
+
+
+def test_export_without_a_place_or_a_checkpoint(tmp_path):
+    torch.save({"kind": "text encoder"}, "encoder.pt")
+    for flags, words in ((("encoder.pt",), "--export needs --out"), (("encoder.pt", "--out", "small.pt"), "holds no gan_cls or stackgan or dfgan"),
+                         (("none.pt", "--out", "small.pt"), "none.pt does not exist")):
+        done = run(ROOT / "common.py", "--export", *flags, cwd=tmp_path)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "small.pt").exists()
 
 
 def test_files_that_are_no_checkpoints(tmp_path):
