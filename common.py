@@ -204,16 +204,17 @@ def random_state(state=None):
 
 def parser(script, doc, toy):
     """What the command lines of all scripts share: the parser, its group of training flags, its group of sampling flags."""
-    p = argparse.ArgumentParser(prog=f"{script}.py", description=doc.split("\n")[0],
-                                epilog=f"Toy data has small defaults of its own: {toy}.")
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in toy.items())
+    p = argparse.ArgumentParser(prog=f"{script}.py", usage="%(prog)s [--data DATA] [--sample CAPTION ...] [flags]",
+                                description=doc.split("\n\n")[0], epilog=f"Toy data has small defaults of its own: {flags}.")
     p.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder of pictures and captions (default: toy)")
     p.add_argument("--root", default="datasets", help="folder that holds the named data sets (default: datasets)")
     p.add_argument("--run", help=f"folder of the run (default: runs/{script}-<data>)")
     p.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
-    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of a new run; with --sample of the noise (default: 0)")
     training = p.add_argument_group("training; the same command again continues")
     g = p.add_argument_group("training, not in the paper")
-    g.add_argument("--ema", type=number(float, 0, 1), default=0.999, help="decay of G's average, which draws the samples (default: 0.999)")
+    g.add_argument("--ema", type=number(float, 0, 1), metavar="X", default=0.999, help="decay of G's average, which draws the samples (default: 0.999)")
     g.add_argument("--text-encoder", metavar="FILE", help="encoder.pt or released state dict (default: published, else trained here)")
     g.add_argument("--image-features", choices=["inception", "small"], help="image side of its training (default: inception; toy small)")
     g.add_argument("--eval-every", type=number(int, 0), metavar="EPOCHS",
@@ -225,12 +226,12 @@ def parser(script, doc, toy):
     either.add_argument("--sample", nargs="+", metavar="CAPTION", help="a grid, one row a caption")
     either.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="from caption A to B at fixed noises")
     either.add_argument("--evaluate", action="store_true", help="FID, R-precision, diversity, and how they were measured")
+    g.add_argument("--images", type=number(int, 1), metavar="N", help="with --sample: no grid but so many files for each caption")
+    g.add_argument("--noise", action="store_true", help="with --interpolate: the noise moves, the captions stay")
+    g.add_argument("--columns", type=number(int, 1), metavar="N", default=8, help="pictures a row (default: 8)")
     g.add_argument("--best", action="store_true", help="draw with best.pt, the lowest FID of --eval-every, instead of last.pt")
     g.add_argument("--eval-images", type=number(int, 10), metavar="N", help="pictures of an evaluation (default: 30000; in training 2000)")
     g.add_argument("--score-encoder", metavar="FILE", help="encoder.pt that scores R-precision (default: the DAMSM trained here)")
-    g.add_argument("--images", type=number(int, 1), help="with --sample: no grid but so many files for each caption")
-    g.add_argument("--noise", action="store_true", help="with --interpolate: the noise moves, the captions stay")
-    g.add_argument("--columns", type=number(int, 1), default=8, help="pictures a row (default: 8)")
     return p, training, g
 
 
@@ -240,9 +241,9 @@ def plain(args):
 
 
 def parse(p, toy, fixed, argv=None, begin=None):
-    """The flags, and the checkpoint of their run (None for a new one). Each flag is what the command line gives, else what
-    the checkpoint has, else toy's default, else the paper's. fixed: names that belong to a run; a flag that contradicts
-    the checkpoint is an error. begin: makes a checkpoint of the flags where a new run is given --init."""
+    """The flags, and the checkpoint of their run (None for a new one; for drawing, the model in weights/). Each flag is what the
+    command line gives, else what the checkpoint has, else toy's default, else the paper's. fixed: names that belong to a run; a flag
+    that contradicts the checkpoint is an error. begin: makes a checkpoint of the flags where a new run is given --init."""
     script = p.prog.removesuffix(".py")
 
     def read(parse):
@@ -290,6 +291,8 @@ def parse(p, toy, fixed, argv=None, begin=None):
     on_gpu = place.startswith("cuda")
     args.bf16, args.compile = (on_gpu if flag is None else flag for flag in (args.bf16, args.compile))
     args.eval_every = 20 * on_gpu if args.eval_every is None else args.eval_every       # minutes each on a CPU
+    if (drawing or args.evaluate) and state is None:
+        state = shipped(args, script)
     return args, state
 
 
@@ -1175,6 +1178,9 @@ def watch(args, unseen, encoder):
         if net and full:
             try:
                 scorer = score_encoder(args.data, args.root, args.device, args.score_encoder, train=False) if unseen.classes.max() else None
+                if scorer is None:
+                    print(f"no R-precision during training: python common.py --encoder damsm --data {args.data} trains the encoder that it takes"
+                          if unseen.classes.max() else "no R-precision: the test pictures are of one class")
             except UserError as error:
                 print(f"no R-precision during training: {error}")
             judge = Judge(unseen, embeddings(encoder, unseen), net, scorer)

@@ -396,21 +396,20 @@ def released(first):
             "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict()}
 
 
-def finished(args, state):
-    """The EMA generator and the text encoder of the run, or of the model in weights/; prints which."""
+def finished(state, device="cpu"):
+    """The EMA generator and the text encoder of a checkpoint; prints where they come from."""
     import common
-    state = state or common.shipped(args, "dfgan")
     begun = f"begun with {state['args']['init']}, " if state["args"]["init"] else ""
     print(f"{begun}trained on {state['args']['data']}, {state['step']} steps; text encoder: {state['text_note']}")
     G = AveragedModel(Generator(state["args"]["nf"], state["args"]["size"], state["args"]["fusion"]), use_buffers=True)
     G.load_state_dict(state["ema"])
-    return G.to(args.device).eval(), common.rebuild(state["text_encoder"]).to(args.device), state
+    return G.to(device).eval(), common.rebuild(state["text_encoder"]).to(device)
 
 
 def sample(args, state):
     """A grid with one row a caption; the columns share their noise. --images: as many files for each caption instead."""
     import common
-    G, encoder, _ = finished(args, state)
+    G, encoder = finished(state, args.device)
     e = encoder.ask(args.sample)
     if args.images:
         common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed, n: draw(
@@ -425,7 +424,7 @@ def sample(args, state):
 def interpolate(args, state):
     """Sentence A to B over the columns, each row one noise; --noise: noise to noise, a row for each of the sentences."""
     import common
-    G, encoder, _ = finished(args, state)
+    G, encoder = finished(state, args.device)
     a, b = encoder.ask(args.interpolate)
     way = torch.linspace(0, 1, args.columns, device=a.device)[:, None]
     if args.noise:
@@ -442,7 +441,7 @@ def interpolate(args, state):
 def evaluate(args, state):
     """FID, R-precision and diversity; common.evaluate prints how they are measured."""
     import common
-    G, encoder, state = finished(args, state)
+    G, encoder = finished(state, args.device)
     D = Discriminator(state["args"]["nf"], state["args"]["size"], state["args"]["output"])
     count = lambda net: sum(p.numel() for p in net.parameters())
     common.evaluate(args, state, encoder, state["args"]["size"],
@@ -461,12 +460,12 @@ def main(argv=None):
     import common
     from common import number
     p, g, s = common.parser("dfgan", __doc__, TOY)
-    g.add_argument("--epochs", type=number(int, 1), default=600, help="default: 600 (section 4, CUB; COCO 120)")
-    g.add_argument("--batch-size", type=number(int, 2), default=32, help="default: 32 (released code)")
+    g.add_argument("--epochs", type=number(int, 1), metavar="N", default=600, help="default: 600 (section 4, CUB; COCO 120)")
+    g.add_argument("--batch-size", type=number(int, 2), metavar="N", default=32, help="default: 32 (released code)")
     g.add_argument("--size", type=int, choices=[32, 64, 128, 256, 512], default=256, help="pixels (default: 256, section 4)")
-    g.add_argument("--nf", type=number(int, 1), default=32, help="width of G and D (default: 32, released code; paper: 64)")
-    g.add_argument("--lr-g", type=number(float, 0, 1), default=1e-4, help="default: 0.0001 (section 4)")
-    g.add_argument("--lr-d", type=number(float, 0, 1), default=4e-4, help="default: 0.0004 (section 4)")
+    g.add_argument("--nf", type=number(int, 1), metavar="N", default=32, help="width of G and D (default: 32, released code; paper: 64)")
+    g.add_argument("--lr-g", type=number(float, 0, 1), metavar="X", default=1e-4, help="default: 0.0001 (section 4)")
+    g.add_argument("--lr-d", type=number(float, 0, 1), metavar="X", default=4e-4, help="default: 0.0004 (section 4)")
     g.add_argument("--output", choices=["one-way", "two-way"], default="one-way", help="ablation of D's output (default: one-way)")
     g.add_argument("--penalty", choices=["ma", "real", "none"], default="ma",
                    help="ablation of MA-GP: on pictures and text, on pictures alone, none (default: ma)")

@@ -288,20 +288,19 @@ def draw(G, z, t, batch=64):
 
 # ---------------------------------------------------------------------------------------------------- sample
 
-def finished(args, state):
-    """The EMA generator and the text encoder of the run, or of the model in weights/; prints which."""
+def finished(state, device="cpu"):
+    """The EMA generator and the text encoder of a checkpoint; prints where they come from."""
     import common
-    state = state or common.shipped(args, "gan_cls")
     print(f"trained on {state['args']['data']}, {state['step']} steps; text encoder: {state['text_note']}")
     G = AveragedModel(Generator(state["args"]["ngf"]), use_buffers=True)
     G.load_state_dict(state["ema"])
-    return G.to(args.device).eval(), common.rebuild(state["text_encoder"]).to(args.device), state
+    return G.to(device).eval(), common.rebuild(state["text_encoder"]).to(device)
 
 
 def sample(args, state):
     """A grid with one row a caption; the columns share their noise. --images: as many files for each caption instead."""
     import common
-    G, encoder, _ = finished(args, state)
+    G, encoder = finished(state, args.device)
     t = encoder.ask(args.sample)
     if args.images:
         common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed, n: draw(
@@ -316,7 +315,7 @@ def sample(args, state):
 def interpolate(args, state):
     """Sentence A to B over the columns, each row one noise; --noise: noise to noise, a row for each of the sentences."""
     import common
-    G, encoder, _ = finished(args, state)
+    G, encoder = finished(state, args.device)
     a, b = encoder.ask(args.interpolate)
     way = torch.linspace(0, 1, args.columns, device=a.device)[:, None]
     if args.noise:
@@ -332,7 +331,7 @@ def interpolate(args, state):
 def evaluate(args, state):
     """FID, R-precision and diversity, as common.evaluate prints how, and the style encoder's ROC AUC."""
     import common
-    G, encoder, state = finished(args, state)
+    G, encoder = finished(state, args.device)
     count = lambda net: sum(p.numel() for p in net.parameters())
     common.evaluate(args, state, encoder, SIZE, lambda t, seed: draw(G, noise(len(t), seed).to(args.device), t),
                     style=lambda: style_encoder(args, G, state)[1], parameters_G=count(G), parameters_D=count(Discriminator(state["args"]["ndf"])))
@@ -409,7 +408,7 @@ def style_transfer(args, state):
     array = data.decode(data.Picture(Path(args.style), [], 0), SIZE)
     if array is None:
         raise common.UserError(f"{args.style} is no picture that can be read; --style takes a photo")
-    G, encoder, state = finished(args, state)
+    G, encoder = finished(state, args.device)
     t = encoder.ask(args.sample)
     photo = torch.from_numpy(array.copy())[None].float() / 127.5 - 1
     S, _ = style_encoder(args, G, state)
@@ -430,14 +429,14 @@ def main(argv=None):
     from common import number
     p, g, s = common.parser("gan_cls", __doc__, TOY)
     g.add_argument("--variant", choices=["gan", "cls", "int", "int-cls"], default="int-cls", help="default: int-cls, the paper's best")
-    g.add_argument("--epochs", type=number(int, 1), default=600, help="default: 600 (section 5)")
-    g.add_argument("--batch-size", type=number(int, 2), default=64, help="default: 64 (section 5)")
-    g.add_argument("--lr", type=number(float, 0, 1), default=2e-4, help="default: 0.0002 (section 5), halved every 100 epochs (released code)")
-    g.add_argument("--ngf", type=number(int, 1), default=128, help="width of G (default: 128, released code)")
-    g.add_argument("--ndf", type=number(int, 1), default=64, help="width of D (default: 64, released code)")
-    g.add_argument("--captions-per-image", type=number(int, 1), default=4, help="captions averaged (default: 4, released code for CUB)")
+    g.add_argument("--epochs", type=number(int, 1), metavar="N", default=600, help="default: 600 (section 5)")
+    g.add_argument("--batch-size", type=number(int, 2), metavar="N", default=64, help="default: 64 (section 5)")
+    g.add_argument("--lr", type=number(float, 0, 1), metavar="X", default=2e-4, help="default: 0.0002 (section 5), halved every 100 epochs (released code)")
+    g.add_argument("--ngf", type=number(int, 1), metavar="N", default=128, help="width of G (default: 128, released code)")
+    g.add_argument("--ndf", type=number(int, 1), metavar="N", default=64, help="width of D (default: 64, released code)")
+    g.add_argument("--captions-per-image", type=number(int, 1), metavar="N", default=4, help="captions averaged (default: 4, released code for CUB)")
     s.add_argument("--style", metavar="PHOTO", help="with --sample: draw the captions in the style of a photo (section 4.4)")
-    s.add_argument("--style-steps", type=number(int, 1), default=2000, help="steps that train the style encoder (default: 2000)")
+    s.add_argument("--style-steps", type=number(int, 1), metavar="N", default=2000, help="steps that train the style encoder (default: 2000)")
     args, state = common.parse(p, TOY, FIXED, argv)
     does = style_transfer if args.style else sample if args.sample else interpolate if args.interpolate else evaluate if args.evaluate else train
     return does(args, state)

@@ -375,16 +375,15 @@ def first_stage(state, device):
     return G1.module.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def finished(args, state):
-    """A painter (noise, t) -> pictures of each stage, and the text encoder, of the run or of the model in weights/; prints which."""
+def finished(state, device="cpu"):
+    """A painter (noise, t) -> pictures of each stage, and the text encoder, of a checkpoint; prints where they come from."""
     import common
-    state = state or common.shipped(args, "stackgan")
     print(f"trained on {state['args']['data']}, {state['step']} steps of Stage {'I' * state['stage']}; text encoder: {state['text_note']}")
-    G1, G2 = first_stage(state, args.device), None
+    G1, G2 = first_stage(state, device), None
     if state["stage"] == 2:
-        G2 = AveragedModel(Stage2(state["args"]["ngf"], state["args"]["size"]), use_buffers=True).to(args.device)
+        G2 = AveragedModel(Stage2(state["args"]["ngf"], state["args"]["size"]), use_buffers=True).to(device)
         G2.load_state_dict(state["ema"])
-    return lambda n, t: draw(G1, G2, n.to(args.device), t, state["args"]["no_ca"]), common.rebuild(state["text_encoder"]).to(args.device), state
+    return lambda n, t: draw(G1, G2, n.to(device), t, state["args"]["no_ca"]), common.rebuild(state["text_encoder"]).to(device)
 
 
 def rows_of(stages, columns):
@@ -398,7 +397,7 @@ def sample(args, state):
     """A grid: for each caption a row of Stage I above its row of Stage II; the columns share their noise. --images: as many
     files for each caption instead."""
     import common
-    paint, encoder, _ = finished(args, state)
+    paint, encoder = finished(state, args.device)
     t = encoder.ask(args.sample)
     if args.images:
         common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed, n: paint(noise(64, seed)[:n], t[i].expand(n, -1))[-1])
@@ -412,7 +411,7 @@ def interpolate(args, state):
     """Sentence A to B over the columns, each row one noise, z and eps fixed (figure 8); --noise: noise to noise, a row for
     each of the sentences. Stage I above Stage II."""
     import common
-    paint, encoder, _ = finished(args, state)
+    paint, encoder = finished(state, args.device)
     a, b = encoder.ask(args.interpolate)
     way = torch.linspace(0, 1, args.columns)[:, None]
     if args.noise:
@@ -427,7 +426,7 @@ def interpolate(args, state):
 def evaluate(args, state):
     """FID, R-precision and diversity of the last stage trained, or of Stage I with --stage 1; common.evaluate prints how they are measured."""
     import common
-    paint, encoder, state = finished(args, state)
+    paint, encoder = finished(state, args.device)
     has, stage = state["args"], args.stage or state["stage"]
     if stage > state["stage"]:
         raise common.UserError(f"the run in {args.run} has no Stage II yet; leave out --stage 2, or train it first")
@@ -450,13 +449,13 @@ def main(argv=None):
     from common import number
     p, g, _ = common.parser("stackgan", __doc__, TOY)
     g.add_argument("--stage", type=int, choices=[1, 2], help="one stage alone (default: Stage I, then Stage II)")
-    g.add_argument("--epochs", type=number(int, 1), default=600, help="of each stage (default: 600, section 3.5)")
-    g.add_argument("--batch-size", type=number(int, 2), default=64, help="default: 64 (section 3.5)")
+    g.add_argument("--epochs", type=number(int, 1), metavar="N", default=600, help="of each stage (default: 600, section 3.5)")
+    g.add_argument("--batch-size", type=number(int, 2), metavar="N", default=64, help="default: 64 (section 3.5)")
     g.add_argument("--size", type=int, choices=[128, 256], default=256, help="pixels of Stage II (default: 256, section 3.5)")
-    g.add_argument("--lr", type=number(float, 0, 1), default=2e-4, help="default: 0.0002, halved every 100 epochs (section 3.5)")
-    g.add_argument("--ngf", type=number(int, 4), default=128, help="width of both G (default: 128, released code)")
-    g.add_argument("--ndf", type=number(int, 1), default=64, help="width of both D (default: 64, released code)")
-    g.add_argument("--captions-per-image", type=number(int, 1), default=4, help="captions averaged (default: 4, TensorFlow code)")
+    g.add_argument("--lr", type=number(float, 0, 1), metavar="X", default=2e-4, help="default: 0.0002, halved every 100 epochs (section 3.5)")
+    g.add_argument("--ngf", type=number(int, 4), metavar="N", default=128, help="width of both G (default: 128, released code)")
+    g.add_argument("--ndf", type=number(int, 1), metavar="N", default=64, help="width of both D (default: 64, released code)")
+    g.add_argument("--captions-per-image", type=number(int, 1), metavar="N", default=4, help="captions averaged (default: 4, TensorFlow code)")
     g.add_argument("--no-ca", action="store_true", help="ablation: no conditioning augmentation, c = mu(t)")
     args, state = common.parse(p, TOY, FIXED, argv)
     does = sample if args.sample else interpolate if args.interpolate else evaluate if args.evaluate else train

@@ -265,6 +265,8 @@ def test_sample_interpolate_and_style(home):
     assert "ROC AUC of same against different style" in done.stdout
     with Image.open(home / done.stdout.split()[-1]) as image:
         assert image.size == (3 * 66 + 2, 66 + 2)                  # the photo, then a picture for each caption
+    done = use("--style", "none.jpg", "--sample", "it is blue")
+    assert done.returncode == 2 and "none.jpg is no picture that can be read" in done.stderr
     train(home, "use", 2)                                          # another G: another S
     assert "style encoder [" in use("--style", "own/red/0.png", "--sample", "it is blue", "--style-steps", 2).stderr
     assert "style encoder [" not in use("--style", "own/red/0.png", "--sample", "it is red", "--style-steps", 2).stderr
@@ -274,7 +276,6 @@ def test_sample_interpolate_and_style(home):
     (("--data", "no/such/folder"), "is no folder; --data takes"),
     (("--data", "own", "--run", "none", "--sample", "a"), "there is no model in none yet"),
     (("--data", "own", "--style", "own/red/0.png"), "add --sample"),
-    (("--data", "own", "--run", "x", "--style", "none.jpg", "--sample", "a"), "is no picture that can be read"),
     (("--data", "own", "--text-encoder", "none.pt"), "none.pt does not exist"),
     (("--data", "own", "--batch-size", "1"), "1 is not between 2 and"),
     (("--data", "own", "--lr", "-1"), "-1 is not between 0 and 1"),
