@@ -69,7 +69,7 @@ def caches(rounds, rng, place):
     for i in range(150):
         (folder / "own").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (300, 300), (i, 250 - i, 90)).save(folder / "own" / f"{i}.png")
-        (folder / "own" / f"{i}.txt").write_text(f"picture {i}\n" * 20)
+        (folder / "own" / f"{i}.txt").write_text(f"picture {i}\n" * 2)
     torch.manual_seed(0)
     encoder = common.CharCnnRnn((16, 16, 16)).requires_grad_(False)
     net = lambda images: (F.adaptive_avg_pool2d(images, (26, 26)).flatten(1).repeat(1, 2)[:, :2048],)
