@@ -1,4 +1,5 @@
-"""Text encoders and their training, Inception features, and what every run needs: checkpoints, grids, flags, signals.
+"""Text encoders and their training, metrics (FID, R-precision, diversity), and what every run needs: checkpoints, grids, flags,
+signals, several processes.
 
     python common.py --encoder char-cnn-rnn --data flowers      # train an encoder, print its retrieval on unseen classes
     python common.py --encoder damsm --data path/to/folder
@@ -40,21 +41,22 @@ from data import Progress, UserError
 # ---------------------------------------------------------------------------------------------------- every run
 
 def guard(main):
-    """Run a command line; what the user can put right is one sentence and status 2, never a traceback."""
+    """Run a command line; what the user can put right is one sentence and status 2, never a traceback. 130 after Ctrl-C, 1 where
+    another process was lost."""
     try:
         code = main()
         if joined():
             dist.destroy_process_group()
         return code
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: stopped; the same command starts again where the last save was", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: stopped; the same command begins again, a training at its last save", file=sys.stderr)
         return 130
     except (UserError, OSError, RuntimeError) as error:      # OSError: a full disk, a forbidden folder
         message, code, gone = str(error), 2, joined() and (isinstance(error, dist.DistError) or "gloo" in str(error))
         if gone:
             message, code = f"lost another process ({message.splitlines()[0][:120]}); the same command continues from the last save", 1
         elif out_of_memory(error):
-            message = (f"out of memory; give a smaller --batch-size, a smaller --size or a narrower network "
+            message = (f"out of memory; give a smaller --batch-size or a narrower network to train, another --device to draw "
                        f"({message.splitlines()[0][:120]})")
         elif "loading state_dict" in str(error):
             message = f"a file does not fit the network that it should hold ({' '.join(str(error).split())[:160]}); give another file or remove it"
@@ -150,12 +152,10 @@ def load(path, *kinds):
     """A file written by `save` whose state["kind"] is one of kinds, e.g. "gan_cls". Loads tensors and plain containers only."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
-    try:
+    with data.refused(f"{path} is no checkpoint, or is damaged; give another file or remove it"):
         state = tensors(path)
-    except Exception:   # a damaged file fails in zipfile, in pickle or in torch, each with errors of its own
-        raise UserError(f"{path} is no checkpoint, or is damaged; give another file or remove it") from None
     if not isinstance(state, dict) or state.get("kind") not in kinds:
-        raise UserError(f"{path} holds no {' or '.join(kinds)} checkpoint; give one that this script wrote")
+        raise UserError(f"{path} holds no {' or '.join(kinds)} checkpoint; give another file or remove it")
     if not isinstance(state.get("format", 0), int) or state.get("format", 0) > FORMAT:
         raise UserError(f"{path} is of format {state['format']}, this program reads {FORMAT}; take a newer version of it")
     if isinstance(state.get("args"), dict):
@@ -167,12 +167,16 @@ def export(source, path):
     """Of a script's checkpoint what drawing and measuring need, small enough to give away: G's average and the text encoder, matrices
     in float16. Every script's --sample takes it, as runs/<script>-<data>/last.pt or, for those that come with the project, in weights/."""
     state = load(source, "gan_cls", "stackgan", "dfgan")
-    small = {key: state[key] for key in ("kind", "step", "stage", "pictures", "text_note") if key in state}
+    small = {key: state[key] for key in ("kind", "step", "stage", "rows", "pictures") if key in state}
     for net in ("ema", "G1", "text_encoder"):
         if state.get(net):       # vectors (biases, batch norm) stay float32: variances may be too small for float16
             small[net] = {k: v.half() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim > 1 else v for k, v in state[net].items()}
-    # of folders and files of this machine no more than the name
-    save(path, {**small, "args": {k: Path(v).name if isinstance(v, str) else v for k, v in state["args"].items()}})
+    # of folders and files of this machine no more than the name; the text encoder itself lies in the file
+    args = {k: Path(v).name if isinstance(v, str) else v for k, v in state["args"].items()} | {"text_encoder": None}
+    note = re.sub(r"(?<![\w:/.])/(?:[^/,()]+/)+", "", state["text_note"])
+    if args.get("init"):
+        note, args["init"] = f"{note}; the run began with {args['init']}", None
+    save(path, {**small, "text_note": note, "args": args})
 
 
 def shipped(args, kind):
@@ -180,7 +184,7 @@ def shipped(args, kind):
     path = Path(__file__).parent / "weights" / f"{kind}.pt"
     state = load(path, kind) if path.exists() else None
     if state is None or args.run not in (Path(f"runs/{kind}-toy"), Path(f"runs/{kind}-{state['args']['data']}")):
-        raise UserError(f"there is no model in {args.run} yet; train one first: python {kind}.py --data {args.data}"
+        raise UserError(f"there is no model in {args.run} yet; train one first, by the same command without --sample, --interpolate or --evaluate"
                         f"{state and ', or leave out --run and --data for the one in weights/, trained on ' + state['args']['data'] or ''}")
     print(f"there is no model in {args.run} yet: this is {path.parent.name}/{path.name}")
     args.run = Path(f"runs/{kind}-weights")
@@ -198,7 +202,7 @@ def random_state(state=None):
             random.setstate(state["python"])
             np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], np.uint32), *state["numpy"][2:]))
     name, keys, *rest = np.random.get_state()
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
             "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
 
 
@@ -215,11 +219,11 @@ def parser(script, doc, toy):
     training = p.add_argument_group("training; the same command again continues")
     g = p.add_argument_group("training, not in the paper")
     g.add_argument("--ema", type=number(float, 0, 1), metavar="X", default=0.999, help="decay of G's average, which draws the samples (default: 0.999)")
-    g.add_argument("--text-encoder", metavar="FILE", help="encoder.pt or released state dict (default: published, else trained here)")
+    g.add_argument("--text-encoder", metavar="FILE", type=os.path.realpath, help="encoder.pt or released state dict (default: published, else trained here)")
     g.add_argument("--image-features", choices=["inception", "small"], help="image side of its training (default: inception; toy small)")
     g.add_argument("--eval-every", type=number(int, 0), metavar="EPOCHS",
                    help="FID into log.csv, the best model into best.pt (default: 20 on CUDA, else 0: never)")
-    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: on CUDA)")
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: on CUDA, where the GPU has it)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     g = p.add_argument_group("sampling from the run, or from the model in weights/")
     either = g.add_mutually_exclusive_group()
@@ -246,14 +250,7 @@ def parse(p, toy, fixed, argv=None, begin=None):
     that contradicts the checkpoint is an error. begin: makes a checkpoint of the flags where a new run is given --init."""
     script = p.prog.removesuffix(".py")
 
-    def read(parse):
-        args = parse(argv)
-        for name in ("text_encoder", "init"):                      # the same file, whatever the folder one stands in
-            if getattr(args, name, None):
-                setattr(args, name, str(Path(getattr(args, name)).resolve()))
-        return args
-
-    first = read(lambda argv: p.parse_known_args(argv)[0])
+    first = p.parse_known_args(argv)[0]
     run = Path(first.run or f"runs/{script}-{Path(first.data).resolve().name}")
     place = join(first.device)
     if run.exists() and not run.is_dir():
@@ -266,7 +263,7 @@ def parse(p, toy, fixed, argv=None, begin=None):
         p.set_defaults(**toy, eval_every=0)
     if state:
         p.set_defaults(**{name: state["args"][name] for name in (*fixed, "epochs")})
-    args = read(p.parse_args)
+    args = p.parse_args(argv)
     for flag, needs in (("images", "sample"), ("style", "sample"), ("noise", "interpolate")):
         if getattr(args, flag, None) and not getattr(args, needs):
             raise UserError(f"--{flag} says how to draw; add --{needs} and captions")
@@ -289,7 +286,9 @@ def parse(p, toy, fixed, argv=None, begin=None):
                             f"leave the flag out{', or give another --run' if begun else ''}")
     args.device = place
     on_gpu = place.startswith("cuda")
-    args.bf16, args.compile = (on_gpu if flag is None else flag for flag in (args.bf16, args.compile))
+    args.compile = on_gpu if args.compile is None else args.compile
+    if args.bf16 is None:                                          # GPUs before Ampere emulate it, and have no such convolutions
+        args.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     args.eval_every = 20 * on_gpu if args.eval_every is None else args.eval_every       # minutes each on a CPU
     if (drawing or args.evaluate) and state is None:
         state = shipped(args, script)
@@ -357,15 +356,17 @@ def share(nets, optimizers, batch_size):
         for g, mean in zip(grads, joint.split([g.numel() for g in grads])):
             g.copy_(mean.view_as(g))
 
-    for net in nets if count > 1 else ():
+    if count == 1:
+        return
+    for net in nets:
         if next(net.parameters()).is_cuda:
             nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    for optimizer in optimizers if count > 1 else ():
+    for optimizer in optimizers:
         optimizer.register_step_pre_hook(mean_of_gradients)
 
 
 def mean(x):
-    """The mean of x over the processes."""
+    """x, now its mean over the processes, in place. All of them must ask."""
     if joined():
         dist.all_reduce(x)
         x /= dist.get_world_size()
@@ -374,10 +375,14 @@ def mean(x):
 
 def compiled(functions, step, parts):
     """torch.compile of functions, tried in one training step(*functions), forward and backward, whose traces in parts
-    (networks, optimisers) and random numbers are undone. Where that fails: the functions as they are, and one printed line."""
+    (networks, optimisers) and random numbers are undone. Where that fails, or processes share a batch norm: the functions as they are, and one printed line."""
+    if any(isinstance(m, nn.SyncBatchNorm) for part in parts.values() if isinstance(part, nn.Module) for m in part.modules()):
+        print("no torch.compile: it breaks the graph at each batch norm that processes share")
+        return functions
     before, drawn = copy.deepcopy({name: part.state_dict() for name, part in parts.items()}), random_state()
     try:
-        fast = [torch.compile(f) for f in functions]
+        # dynamic=False: real and fake pictures differ in strides, which would make shapes symbolic and convolutions slower
+        fast = [torch.compile(f, dynamic=False) for f in functions]
         step(*fast)
         functions = fast
     except Exception as error:     # no C++ compiler, no Triton, a graph it cannot take: errors of every kind
@@ -416,7 +421,7 @@ def number(kind, low, high=2**31):
 
 
 def save_grid(path, images, columns, captions=()):
-    """images (N, 3, S, S) in [-1, 1] -> a PNG with `columns` pictures a row; captions, one a row, beside it as .txt."""
+    """images (N, 3, S, S) in [-1, 1] -> a PNG with `columns` pictures a row; captions, one a line, beside it as .txt."""
     from torchvision.utils import save_image
     path = Path(path)
     if processes()[0]:
@@ -450,12 +455,28 @@ def slug(captions):
     return re.sub(r"[^a-z0-9]+", "-", captions[0].lower())[:40].strip("-") + f"-{zlib.crc32(chr(10).join(captions).encode(errors='replace')):08x}"
 
 
-def save_log(path, rows):
-    """Rows, dicts of one set of keys, as csv. The checkpoint keeps the rows, so a resumed log has no gap and no double."""
+def resume(args, state, parts, dataset):
+    """Puts the networks, optimisers and random states of a checkpoint in place -> its step, rows of the log, sums of the epoch begun."""
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    random_state(state["random"])
+    if state["pictures"] not in (None, dataset.key):
+        print(f"the pictures of {args.data} are not those the run began with: it goes on with them, from step {state['step']}")
+    return state["step"], state["rows"], state["total"].to(args.device)
+
+
+def epoch_done(run, rows, keep, grid, pictures, columns, captions):
+    """After the last of rows, dicts of one set of keys: best.pt where its FID is the lowest of its stage, the grid, and log.csv from all
+    rows, so that a resumed one has no gap and no double. last.pt last: whatever ends the run before, the epoch's end comes again."""
     if processes()[0]:
         return
-    with data.writing(path) as part:
+    fids = [row.get("fid", "") for row in rows if row.get("stage") == rows[-1].get("stage")]
+    if fids[-1] != "" and fids[-1] == min((fid for fid in fids if fid != "" and fid == fid), default=None):       # NaN is not itself
+        keep("best.pt")
+    save_grid(run / grid, pictures, columns, captions)
+    with data.writing(run / "log.csv") as part:
         part.write_text("\n".join(",".join(map(str, line)) for line in [rows[-1], *([r.get(k, "") for k in rows[-1]] for r in rows)]) + "\n")
+    keep()
 
 
 # ---------------------------------------------------------------------------------------------------- text encoders
@@ -467,11 +488,10 @@ class TextEncoder(nn.Module):
     def encode(self, captions, label=None):
         """Any number of captions -> (N, dim), on the encoder's device. label: shows a bar."""
         self.eval()
-        bar, out = Progress(len(captions), label, "captions"), []
-        for i in range(0, len(captions), 256):
-            tokens = self.tokens(captions[i:i + 256])
-            out.append(self.sentences(tokens.to(next(self.parameters()).device)))
-            if label:
+        out = []
+        with Progress(len(captions), label, "captions") as bar:
+            for i in range(0, len(captions), 256):
+                out.append(self.sentences(self.tokens(captions[i:i + 256]).to(next(self.parameters()).device)))
                 bar.step(len(out[-1]))
         return torch.cat(out)
 
@@ -584,14 +604,12 @@ class Damsm(TextEncoder):
 
 def rebuild(state):
     """A text encoder from its state dict, in which widths and vocabulary stand."""
-    try:
+    with data.refused("the text encoder in this file is damaged or of another kind; give another file or remove it"):
         if "conv1.weight" in state:
             encoder = CharCnnRnn([state[f"conv{i}.weight"].shape[0] for i in (1, 2, 3)], state["emb_proj.weight"].shape[0])
         else:
             encoder = Damsm(state["_extra_state"])
         encoder.load_state_dict(state)
-    except Exception:     # other layers, other shapes, no dict
-        raise UserError("the text encoder in this file is damaged or of another kind; give another file or remove it") from None
     return encoder.eval().requires_grad_(False)
 
 
@@ -653,16 +671,18 @@ def inception(device="cpu"):
     The regions are the 17 x 17 of Mixed_6e averaged to 6 x 6: AttnGAN uses all 289; 36 make the cache 8 times smaller."""
     from torchvision.models import inception_v3
     file = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name)
-    net = inception_v3(weights=None, aux_logits=False, init_weights=False, num_classes=1008)
+    net = inception_v3(weights=None, aux_logits=False, init_weights=False)
+    net.fc = nn.Identity()
     try:
         weights = tensors(file) if file.exists() else torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True, weights_only=True)
-        net.load_state_dict({**net.state_dict(), **{k: v for k, v in weights.items() if not k.startswith("fc.")}})
+        missing, more = net.load_state_dict(weights, strict=False)
+        if not (all(k.endswith("num_batches_tracked") for k in missing) and all(k.startswith("fc.") for k in more)):
+            raise ValueError("other layers")
     except Exception as error:
         if file.exists():
             raise UserError(f"{file} is damaged; remove it, and it is downloaded again") from None
         raise UserError(f"the Inception network is needed and could not be had ({error}); put {INCEPTION} into "
-                        f"{torch.hub.get_dir()}/checkpoints, or give --image-features small") from None
-    net.fc, net.dropout = nn.Identity(), nn.Identity()
+                        f"{torch.hub.get_dir()}/checkpoints; to train a text encoder without it: --image-features small") from None
     for layer in net.eval().modules():
         if hasattr(layer, "bn"):               # its scale and shift are part of a fixed convolution: 1.4 times faster on a CPU
             layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
@@ -684,7 +704,8 @@ def inception(device="cpu"):
         x = images.to(device, memory_format=torch.channels_last)
         if x.shape[-2:] != (299, 299):
             x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
-        return net(x), seen["regions"]
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):        # numbers to compare: float32 on a GPU too
+            return net(x), seen["regions"]
     return features
 
 
@@ -898,13 +919,8 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_pickle(path):
     """A pickle of plain data that somebody else wrote, Python 2's included."""
-    try:
-        with open(path, "rb") as file:
-            return PlainUnpickler(file, encoding="latin1").load()
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror})") from None
-    except Exception as error:    # unpickling damaged bytes raises nearly anything
-        raise UserError(f"{path} is no pickle of plain data ({error})") from None
+    with data.refused(f"{path} is no pickle of plain data ({{error}})"), open(path, "rb") as file:
+        return PlainUnpickler(file, encoding="latin1").load()
 
 
 def read_encoder(path):
@@ -913,7 +929,7 @@ def read_encoder(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; --text-encoder takes an encoder.pt or a released .pth")
-    try:
+    with data.refused(f"{path} is no text encoder, or is damaged"):
         state = tensors(path)
         if "text_encoder" in state:
             return rebuild(state["text_encoder"]), state["text_note"]
@@ -931,10 +947,6 @@ def read_encoder(path):
                 raise UserError(f"{book} has {len(words)} words but {path} {len(state['encoder.weight'])}; they do not belong together")
             state["_extra_state"] = words
         return rebuild(state), f"released encoder {path}"
-    except UserError:
-        raise
-    except Exception:     # whatever a damaged file makes of torch, pickle and the layers
-        raise UserError(f"{path} is no text encoder, or is damaged") from None
 
 
 def encoder_path(kind, name):
@@ -977,12 +989,27 @@ def embeddings(encoder, dataset):
     path = dataset.stem.with_name(f"{dataset.stem.name}-sentences-{h.hexdigest()[:16]}.pt")
     try:
         out = load(path, "sentences")["sentences"]
-        assert out.shape == (len(dataset.captions), encoder.dim) and out.isfinite().all()
+        if out.shape != (len(dataset.captions), encoder.dim) or not out.isfinite().all():
+            raise ValueError("damaged")
         return out.to(next(encoder.parameters()).device)
     except Exception:     # not there, or damaged: made again
         out = encoder.encode(dataset.captions, f"sentences of {dataset.name} {dataset.split}")
         save(path, {"kind": "sentences", "sentences": out.cpu()})
         return out
+
+
+def prepare(args, state, kind, size):
+    """For a training: (training pictures, unseen ones, text encoder, note on it, sentences of the training captions (M, dim)). The
+    encoder is the checkpoint's, else chosen or trained. Of several processes the first prepares, the others find it done."""
+    with first():
+        dataset, unseen = (data.load(args.data, split, size, args.root) for split in ("train", "test"))
+        if state:
+            encoder, note = rebuild(state["text_encoder"]).to(args.device), state["text_note"]
+            if (args.run / "last.pt").exists():                    # else from --init, and said already
+                print(f"text encoder: {note} (kept in {args.run / 'last.pt'})")
+        else:
+            encoder, note = text_encoder(kind, args.data, args.root, args.device, args.text_encoder, args.image_features)
+        return dataset, unseen, encoder, note, embeddings(encoder, dataset)
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -1076,17 +1103,14 @@ class Judge:
     wrong = 99
 
     def __init__(self, unseen, sentences, net, scorer=None):
-        self.unseen, self.sentences, self.net, self.scorer, self.reference = unseen, sentences, net, scorer, None
+        self.unseen, self.sentences, self.net, self.scorer = unseen, sentences, net, scorer
         self.owner = torch.repeat_interleave(torch.arange(len(unseen)), unseen.first.diff())         # picture of each caption
         self.classes = unseen.classes[self.owner]
         self.by_class = self.classes.argsort(stable=True)
         if scorer:
             self.text = F.normalize(embeddings(scorer[0], unseen))                                   # (M, dim)
-
-    def prepare(self):
-        """Features and moments of the real pictures, to compare with."""
-        if self.net and self.reference is None:
-            self.real = real_features(self.unseen, self.net)
+        if net:
+            self.real = real_features(unseen, net)
             self.reference = gaussian(sum(moments(some) for some in self.real.split(4096)))
             self.root = root_of(self.reference[1])
 
@@ -1096,7 +1120,7 @@ class Judge:
         out, index = {}, torch.arange(len(self.unseen))
         if self.scorer:
             small = self.scorer[1].small
-            out["r_precision"] = torch.cat([self.precise(None if small else self.real[i], self.unseen.centre(i) if small else None, self.unseen.first[i], b)
+            out["r_precision"] = torch.cat([self.precise(*((None, self.unseen.centre(i)) if small else (self.real[i], None)), self.unseen.first[i], b)
                                             for b, i in enumerate(index.split(64))]).mean().item()
         groups = [index[self.unseen.classes == c] for c in (self.unseen.classes.bincount() >= each).nonzero()[:, 0]]
         if self.net and groups:
@@ -1167,7 +1191,7 @@ class Judge:
 def watch(args, unseen, encoder):
     """A function (epoch, paint) -> what it adds to the epoch's row in log.csv: the diversity of 24 samples, where Inception lies
     on this machine, and every --eval-every epochs FID on --eval-images pictures; R-precision too if runs/damsm-<data> is there."""
-    full, scorer, net = 0 < args.eval_every <= args.epochs and len(unseen) > 1, None, None
+    full, net, judge = 0 < args.eval_every <= args.epochs and len(unseen) > 1, None, None
     with first(), torch.random.fork_rng(devices=[]):               # layers are drawn before they are loaded: not from the run's noise
         try:
             if full or Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name).exists():
@@ -1176,6 +1200,7 @@ def watch(args, unseen, encoder):
             print(f"no FID during training: {error}")
         few = encoder.encode([unseen.captions[i] for i in torch.linspace(0, len(unseen.captions) - 1, 8).long()])
         if net and full:
+            scorer = None
             try:
                 scorer = score_encoder(args.data, args.root, args.device, args.score_encoder, train=False) if unseen.classes.max() else None
                 if scorer is None:
@@ -1184,16 +1209,15 @@ def watch(args, unseen, encoder):
             except UserError as error:
                 print(f"no R-precision during training: {error}")
             judge = Judge(unseen, embeddings(encoder, unseen), net, scorer)
-            judge.prepare()
-    net, full, scorer = net if everywhere(net) else None, full and everywhere(net), everywhere(scorer)
-    if full and not scorer:
-        judge.scorer = None
+    net, judge = everywhere(net), everywhere(judge)
+    if judge:
+        judge.scorer = everywhere(judge.scorer)
 
     def add(epoch, paint):
         out = dict(diversity="", fid="", r_precision="")
         if net:
             out["diversity"] = round(diversity(net, paint, few, 3), 4)
-            if full and epoch % args.eval_every == 0:
+            if judge and epoch % args.eval_every == 0:
                 seen = judge.measure(paint, args.eval_images or 2000, args.seed)
                 out |= {name: round(seen[name], 4) for name in ("fid", "r_precision") if name in seen}
         return out
@@ -1201,28 +1225,21 @@ def watch(args, unseen, encoder):
 
 
 def everywhere(thing):
-    """Whether every process has it: what only some have must not be used, or they would wait for one another."""
-    return mean(torch.tensor(0.0 if thing is None else 1.0)).item() == 1
-
-
-def is_best(rows):
-    """Whether the last row has the lowest FID so far, of its stage."""
-    fids = [row.get("fid", "") for row in rows if row.get("stage") == rows[-1].get("stage")]
-    return fids[-1] != "" and fids[-1] == min(fid for fid in fids if fid != "" and fid == fid)          # NaN is not itself
+    """thing, if every process has it, else None: what only some have must not be used, or they would wait for one another."""
+    return thing if mean(torch.tensor(float(thing is not None))).item() == 1 else None
 
 
 def evaluate(args, state, encoder, size, paint, **about):
     """--evaluate: prints FID, R-precision, diversity and how they were measured, and adds all of it to evaluation.json in the
     run's folder. size: of the pictures; about: what the script adds to the protocol; functions in it are
     called when all else is measured."""
-    name = args.data if (args.run / "last.pt").exists() else state["args"]["data"]
+    kept = args.run / ("best.pt" if args.best else "last.pt")
+    name = args.data if kept.exists() else state["args"]["data"]
     n, path = args.eval_images or 30000, args.run / "evaluation.json"
 
     def before():
-        try:
+        with data.refused(f"{path} is damaged; move it away, the next evaluation begins a new one"):
             return [dict(entry) for entry in json.loads(path.read_text())] if path.exists() else []
-        except Exception:     # whatever stands there
-            raise UserError(f"{path} is damaged; move it away, the next evaluation begins a new one") from None
 
     before()
     with first():
@@ -1238,8 +1255,7 @@ def evaluate(args, state, encoder, size, paint, **about):
             print("no R-precision: its encoder needs Inception")
             scorer = None
         judge = Judge(unseen, embeddings(encoder, unseen), net, scorer)
-        judge.prepare()
-    if everywhere(net) != (net is not None) or everywhere(scorer) != (scorer is not None):
+    if (everywhere(net), everywhere(scorer)) != (net, scorer):
         raise UserError(f"not every process could have {INCEPTION}; put it into {torch.hub.get_dir()}/checkpoints on each machine")
     seen = judge.measure(paint, n, args.seed, parts=5)
     if processes()[0]:
@@ -1255,10 +1271,10 @@ def evaluate(args, state, encoder, size, paint, **about):
         **seen, **{f"{key}_real": value for key, value in real.items()}, "images": n, **about,
         "captions": f"{f'{n} of the' if n < len(judge.owner) else f'{n / len(judge.owner):.2f} times the'} {len(judge.owner)} captions of the "
                     f"{len(unseen)} test pictures of {name}, in random order",
-        "checkpoint": f"weights/{state['kind']}.pt" if not (args.run / "last.pt").exists() else str(args.run / ("best.pt" if args.best else "last.pt")),
+        "checkpoint": str(kept if kept.exists() else getattr(args, "init", None) or f"weights/{state['kind']}.pt"),
         "reference": f"{len(unseen)} real pictures, {name} test, central {size} px of {unseen.images.shape[-1]}", "reference_key": unseen.key,
         "fid_network": "pytorch-fid's Inception of 2015-12-05, pool 2048, pictures of 8 bits resized to 299 bilinearly without antialias",
-        "weights": f"average of G, decay {state['args']['ema']}", "seed": args.seed, "step": state["step"], "device": args.device,
+        "weights": f"average of G, decay {state['args']['ema']}" if state["step"] or not getattr(args, "init", None) else "as released", "seed": args.seed, "step": state["step"], "device": args.device,
         "torch": torch.__version__, "r_precision_encoder": scorer and scorer[2], "r_precision_by_the_generators_encoder": scorer and own,
         "r_precision_protocol": "top-1 of the own caption and 99 of other classes, drawn with repeats, cosine", "diversity_captions": net and len(some),
         "diversity_protocol": "mean distance of pool features of 2 of 8 samples a caption; real: of 2 of 8 pictures a class"}
@@ -1289,7 +1305,7 @@ def traits_follow(unseen, encoder, paint):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="common.py", description="Train a text encoder and print its retrieval on held-out classes; "
+    p = argparse.ArgumentParser(prog="common.py", description="Train a text encoder and print its retrieval on held-out classes (of a folder: pictures); "
                                                                  "or make a small file of a checkpoint.")
     p.add_argument("--encoder", choices=["char-cnn-rnn", "damsm"], default="char-cnn-rnn")
     p.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder of pictures and captions (default: toy)")

@@ -33,7 +33,6 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -61,7 +60,7 @@ class Picture(NamedTuple):
 
 
 class Progress:
-    """A bar on stderr with rate and time left. Where stderr is no terminal: a line every half minute."""
+    """A bar on stderr with rate and time left. Where stderr is no terminal: a line every half minute. label None: nothing."""
 
     def __init__(self, total, label, unit="images", done=0):
         self.total, self.label, self.unit, self.done, self.begun, self.note = total, label, unit, done, done, ""
@@ -74,6 +73,8 @@ class Progress:
             self.show("" if self.tty else "\n")
 
     def show(self, end="\n"):
+        if self.label is None:
+            return
         self.shown = time.time()
         rate = (self.done - self.begun) / max(self.shown - self.start, 1e-9)
         left = int((self.total - self.done) / rate) if rate else 0
@@ -89,6 +90,18 @@ class Progress:
 
     def __exit__(self, *error):
         self.show()
+
+
+@contextlib.contextmanager
+def refused(sentence):
+    """Any error of the block becomes a UserError of this sentence, {error} in it the cause: a damaged file makes zipfile, pickle, torch
+    and each decoder raise errors of their own."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(sentence.replace("{error}", str(error))) from None
 
 
 @contextlib.contextmanager
@@ -112,7 +125,7 @@ def writing(path):
         yield part
         os.replace(part, path)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         raise UserError(f"could not write {path} ({error.strerror}); make room or permit it; what was there before is intact") from None
     finally:
@@ -196,31 +209,27 @@ def extract(archive, folder, name):
             raise tarfile.TarError("a negative size")
         return True
 
-    try:
-        with writing(Path(folder) / name) as part, Progress(1, f"unpacking {Path(archive).name}", "archives") as bar:
-            part.mkdir()
-            if str(archive).endswith(".zip"):
-                with zipfile.ZipFile(archive) as z:
-                    fits(archive, sum(member.file_size for member in z.infolist()))
-                    for member in z.infolist():
-                        if inside(member.filename) and not member.is_dir():
-                            member.filename = inside(member.filename)
-                            z.extract(member, part)
-            else:
-                with gzip.open(archive) as stream:                # its checksum first: tarfile takes damage for the end
-                    while stream.read(1 << 20):
-                        fits(archive, stream.tell())
-                with tarfile.open(archive) as t:
-                    members = ((m, inside(m.name)) for m in t if sound(m))
-                    t.extractall(part, (m.replace(name=to, deep=False) for m, to in members if to and (m.isfile() or m.isdir())),
-                                 filter="data")                   # refuses what would land outside the folder
-            if not any(part.iterdir()):
-                raise UserError(f"{archive} holds no folder {name}; remove it and run the same command again")
-            bar.step()
-    except UserError:
-        raise
-    except Exception as error:    # a damaged archive fails in tarfile, in each decompressor, in the file system
-        raise UserError(f"{archive} could not be unpacked ({error}); remove it and run the same command again") from None
+    with (refused(f"{archive} could not be unpacked ({{error}}); remove it and run the same command again"),
+          writing(Path(folder) / name) as part, Progress(1, f"unpacking {Path(archive).name}", "archives") as bar):
+        part.mkdir()
+        if str(archive).endswith(".zip"):
+            with zipfile.ZipFile(archive) as z:
+                fits(archive, sum(member.file_size for member in z.infolist()))
+                for member in z.infolist():
+                    if inside(member.filename) and not member.is_dir():
+                        member.filename = inside(member.filename)
+                        z.extract(member, part)
+        else:
+            with gzip.open(archive) as stream:                # its checksum first: tarfile takes damage for the end
+                while stream.read(1 << 20):
+                    fits(archive, stream.tell())
+            with tarfile.open(archive) as t:
+                members = ((m, inside(m.name)) for m in t if sound(m))
+                t.extractall(part, (m.replace(name=to, deep=False) for m, to in members if to and (m.isfile() or m.isdir())),
+                             filter="data")                   # refuses what would land outside the folder
+        if not any(part.iterdir()):
+            raise UserError(f"{archive} holds no folder {name}; remove it and run the same command again")
+        bar.step()
 
 
 def fetch(name, folder):
@@ -305,6 +314,9 @@ def own(folder, split):
     useful, mute = [p for p in pictures if p.captions], [p for p in pictures if not p.captions]
     if len(useful) >= 20:
         useful = [p for i, p in enumerate(useful) if (i % 10 == 9) == (split == "test")]
+    elif split == "test":
+        print(f"{folder}: fewer than 20 pictures with captions: the test pictures are those of training, scores say nothing of unseen ones",
+              file=sys.stderr)
     return useful + mute * (split == "train")                     # the mute ones only to be named, once
 
 
@@ -325,9 +337,9 @@ WORDINGS = ["a {petal} flower with {count} petals and a {centre} centre", "this 
             "{count} petals of {petal} colour and a {centre} middle", "this is a {petal} flower whose centre is {centre}"]
 
 
-def toy(split, per_class=40, seed=0):
+def toy(split, per_class=40):
     """Flowers of (petal colour, centre colour, petal count); the colour pairs of the test split are never trained on."""
-    rng = np.random.default_rng([seed, split == "test"])
+    rng = np.random.default_rng([0, split == "test"])
     pairs = [p for p in PAIRS if (p in HELD_OUT) == (split == "test")]
     pictures = []
     for label, ((petal, centre), count) in enumerate(itertools.product(pairs, COUNTS)):
@@ -399,12 +411,12 @@ def decode(picture, side):
         return draw(picture.traits, side).transpose(2, 0, 1)
     try:
         with Image.open(picture.path) as image:
+            image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                                     # 16 bits a pixel: keep the upper eight
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             elif "transparency" in image.info or image.mode in ("RGBA", "LA"):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = ImageOps.exif_transpose(image)
             if picture.box:
                 left, top, right, bottom = picture.box
                 image = image.crop((max(0, left), max(0, top), min(image.width, right), min(image.height, bottom)))
@@ -424,8 +436,8 @@ def decoded(pictures, side, label):
 
 
 def digest(pictures):
-    """Changes with any picture's name, size, time, box or traits; the 1 with how they are decoded or drawn."""
-    h = hashlib.sha256(b"1")
+    """Changes with any picture's name, size, time, box or traits; the 2 with how they are decoded or drawn."""
+    h = hashlib.sha256(b"2")
     for p in pictures:
         s = p.path.stat() if p.path else None
         h.update(repr((str(p.path), s and (s.st_size, s.st_mtime_ns), p.box, p.traits)).encode())
@@ -454,18 +466,15 @@ def store(pictures, side, stem, key):
     if not fresh:
         broken = []
         about.unlink(missing_ok=True)
-        try:
-            with writing(images) as part, open(part, "wb") as file:
-                for picture, array in zip(pictures, decoded(pictures, side, f"preparing {stem.name}")):
-                    if array is None:
-                        broken.append(str(picture.path))
-                    else:
-                        file.write(array.tobytes())
-            known = {"key": key, "count": len(pictures) - len(broken), "broken": broken}
-            with writing(about) as part:
-                part.write_text(json.dumps(known))
-        except OSError as error:
-            raise UserError(f"could not write {images} ({error.strerror}); it needs {len(pictures) * 3 * side**2 >> 20} MB") from None
+        with writing(images) as part, open(part, "wb") as file:
+            for picture, array in zip(pictures, decoded(pictures, side, f"preparing {stem.name} ({len(pictures) * 3 * side**2 >> 20} MB)")):
+                if array is None:
+                    broken.append(str(picture.path))
+                else:
+                    file.write(array.tobytes())
+        known = {"key": key, "count": len(pictures) - len(broken), "broken": broken}
+        with writing(about) as part:
+            part.write_text(json.dumps(known))
     return mapped(images, (known["count"], 3, side, side)) if known["count"] else None, set(known["broken"])
 
 
@@ -491,7 +500,7 @@ class Dataset:
         if left_out:
             print(f"{name} {split}: left out " + ", ".join(left_out), file=sys.stderr)
         if len(self.pictures) < (1 if split == "test" else 2):
-            raise UserError(f"{name} has {len(self.pictures)} usable pictures for {split}; it needs at least 2 pictures with captions")
+            raise UserError(f"{name} has {len(self.pictures)} usable pictures for {split}; it needs at least {1 if split == 'test' else 2} with captions")
         labels = [p.label for p in self.pictures]
         if len(set(labels)) == 1:             # no classes to tell apart: every picture is its own
             labels = range(len(labels))
@@ -521,12 +530,8 @@ def source(name):
 def load(name, split="train", size=64, root="datasets", cache=None):
     """A data set by name, or a folder of one's own by path. split: train or test. size: S, in pixels."""
     folder = (Path(root) / name).resolve() if name == "toy" or name in NAMED else Path(name).resolve()
-    try:
+    with refused(f"{folder} is not laid out as {name} should be ({{error}}); remove the damaged part and run again"):
         pictures = toy(split) if name == "toy" else NAMED.get(name, own)(folder, split)
-    except UserError:
-        raise
-    except Exception as error:    # a file of the archive is missing or another one: tables of nearly any content
-        raise UserError(f"{folder} is not laid out as {name} should be ({error}); remove the damaged part and run again") from None
     where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]  # two folders of one name must not evict each other
     return Dataset(folder.name, split, size, pictures, Path(cache or CACHE) / f"{folder.name}-{where}-{split}")
 

@@ -16,6 +16,7 @@ Toy: petal colour right in 86% of 512 samples for held-out captions (chance 12%)
 Oxford-102 with --size 64 --nf 16 --batch-size 16 --bf16: 27 epochs in an hour of 1 core, colours follow unseen captions.
 """
 import math
+import os
 import sys
 from collections import OrderedDict
 
@@ -139,7 +140,12 @@ class Discriminator(nn.Module):
         self.alone_conv = head(8 * nf) if output == "two-way" else None
 
     def features(self, x):
-        return self.DBlocks(self.conv_img(x)) if x.shape[-1] < 128 else self.DBlocks[1:](self.first(x))
+        if x.shape[-1] < 128:
+            return self.DBlocks(self.conv_img(x))
+        h = self.first(x)
+        for block in list(self.DBlocks)[1:]:
+            h = block(h)
+        return h                                                                                # (B, 8*nf, 4, 4)
 
     def first(self, x):
         """DBlocks[0](conv_img(x)), (B, C, S/2, S/2), without the (B, nf, S, S) between them: with no activation there, two
@@ -230,7 +236,7 @@ def d_step(D, opt_d, real, wrong, fake, e, penalty="ma", loss_of=d_loss):
 
 def g_step(D, opt_g, fake, e, loss_of=g_loss):
     """Minimise g_loss over G. fake = G(z, e) with its graph, the one that D has just learned from. D needs no gradient."""
-    D.requires_grad_(False)
+    D.requires_grad_(False)      # it needs none; and autocast then leaves alone the bf16 weights that it kept from before D's step
     loss = loss_of(D, fake, e)
     opt_g.zero_grad()
     loss.backward()
@@ -251,17 +257,9 @@ def make(nf=32, size=256, lr_g=1e-4, lr_d=4e-4, device="cpu", output="one-way", 
 def train(args, state):
     import common
     import data
-    torch.set_float32_matmul_precision("high")
-    with common.first():
-        dataset, unseen = (data.load(args.data, split, args.size, args.root) for split in ("train", "test"))
-        if state:
-            encoder, note = common.rebuild(state["text_encoder"]).to(args.device), state["text_note"]
-            print(f"text encoder: {note} (kept in {args.run / 'last.pt'})")
-        else:
-            encoder, note = common.text_encoder("damsm", args.data, args.root, args.device, args.text_encoder,
-                                                image_features=args.image_features)
-        sentences = common.embeddings(encoder, dataset)                                             # (captions, 256)
+    dataset, unseen, encoder, note, sentences = common.prepare(args, state, "damsm", args.size)     # sentences (captions, 256)
     number, among = common.processes()
+    torch.set_float32_matmul_precision("high")
     batches = data.Batches(dataset, args.batch_size, args.seed, args.device, wrong="previous", part=(number, among))
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = make(args.nf, args.size, args.lr_g, args.lr_d, args.device, args.output, args.fusion)
@@ -270,12 +268,7 @@ def train(args, state):
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     step, rows, total = 0, [], torch.zeros(6, device=args.device)
     if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        step, rows, total = state["step"], state["rows"], state["total"].to(args.device)
-        common.random_state(state["random"])
-        if state["pictures"] not in (None, dataset.key):
-            print(f"the pictures of {args.data} are not those the run began with: it goes on with them, from step {step}")
+        step, rows, total = common.resume(args, state, parts, dataset)
 
     # the fixed grid: unseen captions down, noises across, so that an ignored caption or noise is seen at once
     side = 8 if args.size <= 128 else 4
@@ -309,11 +302,12 @@ def train(args, state):
         functions = common.compiled(functions, one_step, parts)
     with common.Stop() as stop, data.Progress(last * count, "", done=step * count) as bar:
         while not stop.asked() and step < last:
+            epoch = step // len(batches)
             total += common.mean(one_step(*functions))
             # a decay of (1 + t) / (10 + t), up to ema: else G's first weights blur its average for epochs
             ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
             ema.update_parameters(G)
-            epoch, step = step // len(batches), step + 1
+            step += 1
             ended = step % len(batches) == 0
             if ended or stop.code or step % 10 == 0:
                 now = (total / (step % len(batches) or len(batches))).tolist()
@@ -327,11 +321,7 @@ def train(args, state):
                 rows.append(dict(epoch=epoch + 1, step=step, **{k: round(v, 4) for k, v in zip(
                     ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake", "ma_gp"), now)}, **watch(epoch + 1, paint)))
                 total.zero_()
-                if common.is_best(rows):
-                    keep("best.pt")
-                common.save_grid(args.run / f"epoch_{epoch + 1:04}.png", draw(ema, *grid), side, shown)
-                common.save_log(args.run / "log.csv", rows)
-                keep()             # last of all: whatever ends the run before, the epoch's end comes again
+                common.epoch_done(args.run, rows, keep, f"epoch_{epoch + 1:04}.png", draw(ema, *grid), side, shown)
                 if step < last:
                     bar.show()
         if stop.code:
@@ -390,7 +380,7 @@ def released(first):
         raise common.UserError(f"{first.init} is no released DF-GAN checkpoint, or is damaged; --init takes a state_epoch_*.pth") from None
     encoder, note = common.text_encoder("damsm", first.data, first.root, "cpu", first.text_encoder)
     print(f"G and D: {about}, nf {own['nf']}, {own['size']} px")
-    return {"args": {**common.plain(first), **own, "data": data.source(first.data)}, "step": 0, "rows": [], "total": torch.zeros(6),
+    return {"kind": "dfgan", "args": {**common.plain(first), **own, "data": data.source(first.data)}, "step": 0, "rows": [], "total": torch.zeros(6),
             "random": common.random_state(), "pictures": None, "text_note": note, "text_encoder": encoder.state_dict(),
             "G": G.state_dict(), "D": D.state_dict(), "ema": AveragedModel(G, use_buffers=True).state_dict(),
             "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict()}
@@ -403,7 +393,7 @@ def finished(state, device="cpu"):
     print(f"{begun}trained on {state['args']['data']}, {state['step']} steps; text encoder: {state['text_note']}")
     G = AveragedModel(Generator(state["args"]["nf"], state["args"]["size"], state["args"]["fusion"]), use_buffers=True)
     G.load_state_dict(state["ema"])
-    return G.to(device).eval(), common.rebuild(state["text_encoder"]).to(device)
+    return G.to(device, memory_format=torch.channels_last).eval(), common.rebuild(state["text_encoder"]).to(device)
 
 
 def sample(args, state):
@@ -447,7 +437,6 @@ def evaluate(args, state):
     common.evaluate(args, state, encoder, state["args"]["size"],
                     lambda e, seed: draw(G, noise(len(e), seed, args.truncation).to(args.device), e),
                     truncation=args.truncation, parameters_G=count(G), parameters_D=count(D))
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -470,7 +459,7 @@ def main(argv=None):
     g.add_argument("--penalty", choices=["ma", "real", "none"], default="ma",
                    help="ablation of MA-GP: on pictures and text, on pictures alone, none (default: ma)")
     g.add_argument("--fusion", choices=["dfblock", "affine"], default="dfblock", help="ablation: one affine (default: dfblock)")
-    g.add_argument("--init", metavar="FILE", help="begin with a released state_epoch_*.pth")
+    g.add_argument("--init", metavar="FILE", type=os.path.realpath, help="begin with a released state_epoch_*.pth")
     s.add_argument("--truncation", type=number(float, 0, 10), metavar="T",
                    help="T times noise cut at +-2 (released evaluation: 0.88; default: whole, as in training)")
     args, state = common.parse(p, TOY, FIXED, argv, begin=released)

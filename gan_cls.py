@@ -30,7 +30,7 @@ SIZE, NZ, NT, TEXT = 64, 100, 128, 1024   # picture; noise z; projected text (se
 
 class Residual(nn.Module):
     """x + a bottleneck of x. Not in Figure 2; released code: after 4x4 and 8x8 in G and after 4x4 in D; we follow the code.
-    (Its main_cls_int.lua names a missing variable there in D, so that D ran without; main_cls.lua has the block.)"""
+    (Its first commits name a missing variable there in D, so that D ran without; later ones have the block.)"""
 
     def __init__(self, channels, hidden, act):
         super().__init__()
@@ -156,9 +156,10 @@ def d_step(D, opt_d, real, wrong, fake, t):
 
 
 def g_step(D, opt_g, fake, t):
-    """Minimise g_loss over G. fake = G(z, t) with its graph; for GAN-INT t also holds `halfway` points: D scores those
-    here and never trains on them. D needs no gradient."""
-    D.requires_grad_(False)
+    """Minimise g_loss over G. fake = G(z, t) with its graph, drawn before D's step, scored by the D of after it, as in the released
+    code (Algorithm 1 takes the score of before). For GAN-INT t also holds `halfway` points: D scores those here and never trains
+    on them; each weighs as a text does (released code), half as many as texts."""
+    D.requires_grad_(False)      # it needs none; and autocast then leaves alone the bf16 weights that it kept from before D's step
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
     loss.backward()
@@ -178,18 +179,11 @@ def make(ngf=128, ndf=64, lr=2e-4, device="cpu"):
 def train(args, state):
     import common
     import data
-    torch.set_float32_matmul_precision("high")
     cls, mix = "cls" in args.variant, "int" in args.variant
-    with common.first():
-        dataset, unseen = (data.load(args.data, split, SIZE, args.root) for split in ("train", "test"))
-        if state:
-            encoder, note = common.rebuild(state["text_encoder"]).to(args.device), state["text_note"]
-            print(f"text encoder: {note} (kept in {args.run / 'last.pt'})")
-        else:
-            encoder, note = common.text_encoder("char-cnn-rnn", args.data, args.root, args.device, args.text_encoder,
-                                                image_features=args.image_features)
-        sentences = common.embeddings(encoder, dataset)                                             # (captions, 1024)
+    dataset, unseen, encoder, note, sentences = common.prepare(args, state, "char-cnn-rnn", SIZE)   # sentences (captions, 1024)
     number, among = common.processes()
+    torch.set_float32_matmul_precision("high")
+    # an epoch is each picture once, in random order; released code: draws a class, then a picture of it
     batches = data.Batches(dataset, args.batch_size, args.seed, args.device, args.captions_per_image, "image" if cls else None,
                            (number, among))
     torch.manual_seed(args.seed)
@@ -199,12 +193,7 @@ def train(args, state):
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     step, rows, total = 0, [], torch.zeros(5, device=args.device)
     if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        step, rows, total = state["step"], state["rows"], state["total"].to(args.device)
-        common.random_state(state["random"])
-        if state["pictures"] != dataset.key:
-            print(f"the pictures of {args.data} are not those the run began with: it goes on with them, from step {step}")
+        step, rows, total = common.resume(args, state, parts, dataset)
 
     # the fixed grid: unseen captions down, noises across, so that an ignored caption or noise is seen at once
     watch = common.watch(args, unseen, encoder)
@@ -222,7 +211,7 @@ def train(args, state):
 
     def one_step(G, D):      # the networks, or torch.compile of them
         real, wrong, captions, _ = batches(step)
-        # released code: the mean of 4 captions' embeddings (CUB) or 1 caption (flowers); paper: 1; default as for CUB
+        # released code: the mean of 4 captions' embeddings (the flowers net offered for download: of 1); paper: 1; default: 4
         t = sentences[captions].mean(1)
         t_g = torch.cat((t, halfway(t))) if mix else t
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
@@ -258,11 +247,7 @@ def train(args, state):
                 rows.append(dict(epoch=epoch + 1, step=step, **{k: round(v, 4) for k, v in zip(
                     ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake"), now)}, **watch(epoch + 1, paint)))
                 total.zero_()
-                if common.is_best(rows):
-                    keep("best.pt")
-                common.save_grid(args.run / f"epoch_{epoch + 1:04}.png", draw(ema, *grid), 8, shown)
-                common.save_log(args.run / "log.csv", rows)
-                keep()             # last of all: whatever ends the run before, the epoch's end comes again
+                common.epoch_done(args.run, rows, keep, f"epoch_{epoch + 1:04}.png", draw(ema, *grid), 8, shown)
                 if step < last:
                     bar.show()
         if stop.code:
@@ -294,7 +279,7 @@ def finished(state, device="cpu"):
     print(f"trained on {state['args']['data']}, {state['step']} steps; text encoder: {state['text_note']}")
     G = AveragedModel(Generator(state["args"]["ngf"]), use_buffers=True)
     G.load_state_dict(state["ema"])
-    return G.to(device).eval(), common.rebuild(state["text_encoder"]).to(device)
+    return G.to(device, memory_format=torch.channels_last).eval(), common.rebuild(state["text_encoder"]).to(device)
 
 
 def sample(args, state):
@@ -334,17 +319,17 @@ def evaluate(args, state):
     G, encoder = finished(state, args.device)
     count = lambda net: sum(p.numel() for p in net.parameters())
     common.evaluate(args, state, encoder, SIZE, lambda t, seed: draw(G, noise(len(t), seed).to(args.device), t),
-                    style=lambda: style_encoder(args, G, state)[1], parameters_G=count(G), parameters_D=count(Discriminator(state["args"]["ndf"])))
-    return 0
+                    style=lambda: style_encoder(args, G, encoder, state)[1], parameters_G=count(G),
+                    parameters_D=count(Discriminator(state["args"]["ndf"])))
 
 
 # ---------------------------------------------------------------------------------------------------- style transfer
 
-def style_encoder(args, G, state):
+def style_encoder(args, G, encoder, state):
     """S of a finished G, trained now if need be, and reported by the paper's measure of disentangling."""
     import common
     import data
-    path, encoder = args.run / "style.pt", common.rebuild(state["text_encoder"]).to(args.device)
+    path = args.run / "style.pt"
     S = StyleEncoder(state["args"]["ndf"]).to(args.device, memory_format=torch.channels_last)
     mark = [args.style_steps, *(p.cpu().double().sum().item() for p in G.parameters())]              # another G needs another S
     if path.exists() and (done := common.load(path, "gan_cls style"))["mark"] == mark:
@@ -411,7 +396,7 @@ def style_transfer(args, state):
     G, encoder = finished(state, args.device)
     t = encoder.ask(args.sample)
     photo = torch.from_numpy(array.copy())[None].float() / 127.5 - 1
-    S, _ = style_encoder(args, G, state)
+    S, _ = style_encoder(args, G, encoder, state)
     with torch.no_grad():
         z = S(photo.to(args.device)).expand(len(t), -1)
     print(common.save_grid(args.run / f"style-{Path(args.style).stem}-{common.slug(args.sample)}.png",
@@ -434,7 +419,7 @@ def main(argv=None):
     g.add_argument("--lr", type=number(float, 0, 1), metavar="X", default=2e-4, help="default: 0.0002 (section 5), halved every 100 epochs (released code)")
     g.add_argument("--ngf", type=number(int, 1), metavar="N", default=128, help="width of G (default: 128, released code)")
     g.add_argument("--ndf", type=number(int, 1), metavar="N", default=64, help="width of D (default: 64, released code)")
-    g.add_argument("--captions-per-image", type=number(int, 1), metavar="N", default=4, help="captions averaged (default: 4, released code for CUB)")
+    g.add_argument("--captions-per-image", type=number(int, 1), metavar="N", default=4, help="captions averaged (default: 4, released code)")
     s.add_argument("--style", metavar="PHOTO", help="with --sample: draw the captions in the style of a photo (section 4.4)")
     s.add_argument("--style-steps", type=number(int, 1), metavar="N", default=2000, help="steps that train the style encoder (default: 2000)")
     args, state = common.parse(p, TOY, FIXED, argv)

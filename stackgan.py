@@ -27,7 +27,8 @@ NZ, NC, TEXT = 100, 128, 1024   # noise z; conditioning c (section 3.5); sentenc
 
 
 # ---------------------------------------------------------------------------------------------------- networks
-# The layers of the PyTorch release, which are those of figure 2; the TensorFlow code has residual blocks at 4x4 besides.
+# The layers of the PyTorch release, figure 2 but for what is said at the line; the TensorFlow code has residual blocks besides, at 4x4
+# in D, at 4x4 and 8x8 in Stage I's G, and draws eps from a normal cut at +-2.
 
 class ConditioningAugmentation(nn.Module):
     """t (B, 1024), eps (B, 128) from N(0, 1) -> c = mu + sigma eps, mu, log sigma, (B, 128) each. Section 3.2, figure 2.
@@ -111,7 +112,7 @@ class Stage2(nn.Module):
         super().__init__()
         down = lambda a, b: (nn.Conv2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
         self.ca = ConditioningAugmentation()
-        # ReLU as in the PyTorch release; paper: leaky in what goes down
+        # ReLU as in the releases; paper: leaky in what goes down
         self.encoder = nn.Sequential(nn.Conv2d(3, ngf, 3, 1, 1, bias=False), nn.ReLU(inplace=True),
                                      *down(ngf, 2 * ngf), *down(2 * ngf, 4 * ngf))              # (B, 4*ngf, 16, 16)
         self.joint = nn.Sequential(nn.Conv2d(4 * ngf + NC, 4 * ngf, 3, 1, 1, bias=False), nn.BatchNorm2d(4 * ngf), nn.ReLU(inplace=True))
@@ -131,8 +132,9 @@ class Stage2(nn.Module):
 class Discriminator(nn.Module):
     """Pictures (B, 3, S, S), t (B, 1024) -> logits (B,): do they belong together? and, of Stage II, (B,): is it real?
 
-    Joint layer: 3x3 as in the PyTorch release; paper: 1x1. Text: compressed by a layer of D's own and spread over the 4x4 places, as in the paper and the TensorFlow code; PyTorch
-    release: mu of G, detached. The second answer: PyTorch release alone; we follow it. Stage I has none (None)."""
+    Joint layer: 3x3 as in the PyTorch release, whose numbers it must give; paper and TensorFlow code: 1x1. Text: compressed by a layer
+    of D's own and spread over the 4x4 places, as in the paper and the TensorFlow code; PyTorch release: mu of G, detached. The second
+    answer: PyTorch release alone; we follow it. Stage I has none (None)."""
 
     def __init__(self, ndf=64, size=64):
         super().__init__()
@@ -197,7 +199,7 @@ def d_step(D, opt_d, real, wrong, fake, t):
 
 def g_step(D, opt_g, fake, t, kl):
     """Minimise g_loss + 2 KL over G. fake = G(...) with its graph, kl = kl_loss of its mu and log sigma, or 0. D needs no gradient."""
-    D.requires_grad_(False)
+    D.requires_grad_(False)      # it needs none; and autocast then leaves alone the bf16 weights that it kept from before D's step
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
     (loss + 2.0 * kl).backward()
@@ -238,18 +240,10 @@ def train(args, state):
 def train_stage(args, state, stage):
     import common
     import data
-    torch.set_float32_matmul_precision("high")
     size = 64 if stage == 1 else args.size
-    with common.first():
-        dataset, unseen = (data.load(args.data, split, size, args.root) for split in ("train", "test"))
-        if state:
-            encoder, note = common.rebuild(state["text_encoder"]).to(args.device), state["text_note"]
-            print(f"text encoder: {note} (kept in {args.run / 'last.pt'})")
-        else:
-            encoder, note = common.text_encoder("char-cnn-rnn", args.data, args.root, args.device, args.text_encoder,
-                                                image_features=args.image_features)
-        sentences = common.embeddings(encoder, dataset)                                             # (captions, 1024)
+    dataset, unseen, encoder, note, sentences = common.prepare(args, state, "char-cnn-rnn", size)   # sentences (captions, 1024)
     number, among = common.processes()
+    torch.set_float32_matmul_precision("high")
     batches = data.Batches(dataset, args.batch_size, args.seed, args.device, args.captions_per_image, part=(number, among))
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = make(stage, args.ngf, args.ndf, args.size, args.lr, args.device)
@@ -258,15 +252,10 @@ def train_stage(args, state, stage):
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     step, rows, total = 0, state["rows"] if state else [], torch.zeros(6, device=args.device)
     # Stage II builds on the average of Stage I's weights, which also draws the samples (paper and codes: on the weights).
-    # PyTorch release: leaves Stage I's batch norms in train mode while Stage II learns; ours rest, as the weights do
+    # The releases leave Stage I's batch norms in train mode while Stage II learns; ours rest, as the weights do
     G1 = first_stage(state, args.device) if stage == 2 else None
     if state and state["stage"] == stage:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        step, total = state["step"], state["total"].to(args.device)
-        common.random_state(state["random"])
-        if state["pictures"] != dataset.key:
-            print(f"the pictures of {args.data} are not those the run began with: it goes on with them, from step {step}")
+        step, rows, total = common.resume(args, state, parts, dataset)
 
     # the fixed grid: unseen captions down, noises across, so that an ignored caption or noise is seen at once
     side = 8 if size <= 128 else 4
@@ -293,7 +282,7 @@ def train_stage(args, state, stage):
             if G1:
                 with torch.no_grad():
                     z = G1(z, eps[0], t)[0]
-            fake, mu, log_sigma = G(z, eps[stage - 1], t)
+            fake, mu, log_sigma = G(z, eps[stage - 1], t)                   # one fake serves both steps, as released
             kl = torch.zeros((), device=args.device) if args.no_ca else kl_loss(mu.float(), log_sigma.float())
             of_d = d_step(D, opt_d, real, wrong, fake, t)
             return torch.stack((g_step(D, opt_g, fake, t, kl), kl.detach(), *of_d))
@@ -325,11 +314,8 @@ def train_stage(args, state, stage):
                 rows.append(dict(stage=stage, epoch=epoch + 1, step=step, **{k: round(v, 4) for k, v in zip(
                     ("loss_g", "kl", "loss_d", "d_real", "d_wrong", "d_fake"), now)}, **watch(epoch + 1, paint)))
                 total.zero_()
-                if common.is_best(rows):
-                    keep("best.pt")
-                common.save_grid(args.run / f"stage{stage}_epoch_{epoch + 1:04}.png", draw(*average, *grid, args.no_ca)[-1], side, shown)
-                common.save_log(args.run / "log.csv", rows)
-                keep()             # last of all: whatever ends the run before, the epoch's end comes again
+                common.epoch_done(args.run, rows, keep, f"stage{stage}_epoch_{epoch + 1:04}.png", draw(*average, *grid, args.no_ca)[-1],
+                                  side, shown)
                 if step < last:
                     bar.show()
         if stop.code:
@@ -375,14 +361,15 @@ def first_stage(state, device):
     return G1.module.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def finished(state, device="cpu"):
+def finished(state, device="cpu", stage=2):
     """A painter (noise, t) -> pictures of each stage, and the text encoder, of a checkpoint; prints where they come from."""
     import common
-    print(f"trained on {state['args']['data']}, {state['step']} steps of Stage {'I' * state['stage']}; text encoder: {state['text_note']}")
+    print(f"trained on {state['args']['data']}, {state['step']} steps of Stage {'I' * min(stage, state['stage'])}; text encoder: {state['text_note']}")
     G1, G2 = first_stage(state, device), None
-    if state["stage"] == 2:
-        G2 = AveragedModel(Stage2(state["args"]["ngf"], state["args"]["size"]), use_buffers=True).to(device)
+    if stage == state["stage"] == 2:
+        G2 = AveragedModel(Stage2(state["args"]["ngf"], state["args"]["size"]), use_buffers=True)
         G2.load_state_dict(state["ema"])
+        G2.to(device, memory_format=torch.channels_last)
     return lambda n, t: draw(G1, G2, n.to(device), t, state["args"]["no_ca"]), common.rebuild(state["text_encoder"]).to(device)
 
 
@@ -426,16 +413,17 @@ def interpolate(args, state):
 def evaluate(args, state):
     """FID, R-precision and diversity of the last stage trained, or of Stage I with --stage 1; common.evaluate prints how they are measured."""
     import common
-    paint, encoder = finished(state, args.device)
     has, stage = state["args"], args.stage or state["stage"]
     if stage > state["stage"]:
         raise common.UserError(f"the run in {args.run} has no Stage II yet; leave out --stage 2, or train it first")
+    if stage < state["stage"]:                                     # the log knows how long Stage I was trained
+        state = {**state, "step": max((row["step"] for row in state["rows"] if row["stage"] == 1), default=0)}
+    paint, encoder = finished(state, args.device, stage)
     with torch.device("meta"):
         count = [sum(p.numel() for p in net.parameters()) for net in (Stage1(has["ngf"]), *([Stage2(has["ngf"], has["size"])] if stage == 2 else []),
                                                                       Discriminator(has["ndf"], 64 if stage == 1 else has["size"]))]
     common.evaluate(args, state, encoder, 64 if stage == 1 else has["size"], lambda t, seed: paint(noise(len(t), seed), t)[stage - 1],
                     stage=stage, parameters_G=sum(count[:-1]), parameters_D=count[-1])
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -344,7 +344,7 @@ def test_the_trial_of_compiled_networks_leaves_no_trace(home, fails_at, monkeypa
     """Whichever call of G and D fails (5: D in G's step) or none: the run is the eager one, to the bit."""
     calls = []
 
-    def compile_(f):
+    def compile_(f, dynamic):
         def called(*args):
             calls.append(f)
             if len(calls) == fails_at:
