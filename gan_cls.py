@@ -12,7 +12,7 @@ G draws a picture from noise z and a sentence embedding t; D sees a picture and 
     python gan_cls.py --data flowers --evaluate                  FID, R-precision, diversity, and how they were measured
     python gan_cls.py --data flowers --style photo.jpg --sample "pink flower"
 
-Toy: petal colour right in 97% of 512 samples for held-out captions (chance 12%), 4 minutes, 2 CPU cores, torch 2.15, one seed.
+Toy: petal colour right in 93 to 96% of samples for held-out captions (three seeds, chance 12%), 4 minutes, 2 CPU cores, torch 2.15.
 Oxford-102 with --ngf 48 --ndf 48 --captions-per-image 1 --bf16: 51 epochs in an hour of 2 cores, colours follow unseen captions.
 """
 import math

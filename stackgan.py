@@ -12,8 +12,8 @@ Stage I sketches 64 px from noise z and a sentence embedding t; Stage II reads s
     python stackgan.py --data flowers --interpolate "a pink flower" "a yellow flower"       (--noise moves the noise)
     python stackgan.py --data flowers --evaluate                 FID, R-precision, diversity, and how they were measured
 
-Toy: petal colour right in 87% of 512 samples for held-out captions (chance 12%), Stage I in 3.6 minutes, Stage II at 128 px in 10
-more, 2 CPU cores, torch 2.15, one seed.
+Toy: petal colour right in 87 to 91% of samples for held-out captions (three seeds, chance 12%), Stage I in 3.6 minutes, Stage II at
+128 px in 10 more, 2 CPU cores, torch 2.15.
 """
 import math
 import sys
