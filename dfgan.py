@@ -12,7 +12,7 @@ One generator draws at full size; noise z and sentence embedding e reach every b
     python dfgan.py --data cub --evaluate                        FID, R-precision, diversity, and how they were measured
     python dfgan.py --data cub --init state_epoch_1220.pth --text-encoder text_encoder200.pth       a released model goes on
 
-Toy: petal colour right in 86% of 512 samples for held-out captions (chance 12%), 8.5 minutes, 2 CPU cores, torch 2.15, one seed.
+Toy: petal colour right in 88 to 90% of samples for held-out captions (three seeds, chance 12%), 8.5 minutes, 2 CPU cores, torch 2.15.
 Oxford-102 with --size 64 --nf 16 --batch-size 16 --bf16: 26 epochs in 70 minutes of 1 core, FID 157 at 64 px; it is weights/dfgan.pt.
 """
 import math
