@@ -12,8 +12,10 @@ A model script trains the one it needs by itself where none is found. Encoders l
 import argparse
 import contextlib
 import copy
+import csv
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -52,7 +54,8 @@ def guard(main):
         print(f"\n{Path(sys.argv[0]).name}: stopped; the same command begins again, a training at its last save", file=sys.stderr)
         return 130
     except (UserError, OSError, RuntimeError) as error:      # OSError: a full disk, a forbidden folder
-        message, code, gone = str(error), 2, joined() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        message, code = str(error), 2
+        gone = joined() and (isinstance(error, dist.DistError) or "gloo" in message)        # another process has died
         if gone:
             message, code = f"lost another process ({message.splitlines()[0][:120]}); the same command continues from the last save", 1
         elif out_of_memory(error):
@@ -184,8 +187,9 @@ def shipped(args, kind):
     path = Path(__file__).parent / "weights" / f"{kind}.pt"
     state = load(path, kind) if path.exists() else None
     if state is None or args.run not in (Path(f"runs/{kind}-toy"), Path(f"runs/{kind}-{state['args']['data']}")):
-        raise UserError(f"there is no model in {args.run} yet; train one first, by the same command without --sample, --interpolate or --evaluate"
-                        f"{state and ', or leave out --run and --data for the one in weights/, trained on ' + state['args']['data'] or ''}")
+        hint = f", or leave out --run and --data for the one in weights/, trained on {state['args']['data']}" if state else ""
+        raise UserError(f"there is no model in {args.run} yet; train one first, by the same command without --sample, --interpolate or "
+                        f"--evaluate{hint}")
     print(f"there is no model in {args.run} yet: this is {path.parent.name}/{path.name}")
     args.run = Path(f"runs/{kind}-weights")
     return state
@@ -218,8 +222,10 @@ def parser(script, doc, toy):
     p.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of a new run; with --sample of the noise (default: 0)")
     training = p.add_argument_group("training; the same command again continues")
     g = p.add_argument_group("training, not in the paper")
-    g.add_argument("--ema", type=number(float, 0, 1), metavar="X", default=0.999, help="decay of G's average, which draws the samples (default: 0.999)")
-    g.add_argument("--text-encoder", metavar="FILE", type=os.path.realpath, help="encoder.pt or released state dict (default: published, else trained here)")
+    g.add_argument("--ema", type=number(float, 0, 1), metavar="X", default=0.999,
+                   help="decay of G's average, which draws the samples (default: 0.999)")
+    g.add_argument("--text-encoder", metavar="FILE", type=os.path.realpath,
+                   help="encoder.pt or released state dict (default: published, else trained here)")
     g.add_argument("--image-features", choices=["inception", "small"], help="image side of its training (default: inception; toy small)")
     g.add_argument("--eval-every", type=number(int, 0), metavar="EPOCHS",
                    help="FID into log.csv, the best model into best.pt (default: 20 on CUDA, else 0: never)")
@@ -250,16 +256,20 @@ def parse(p, toy, fixed, argv=None, begin=None):
     that contradicts the checkpoint is an error. begin: makes a checkpoint of the flags where a new run is given --init."""
     script = p.prog.removesuffix(".py")
 
-    first = p.parse_known_args(argv)[0]
-    run = Path(first.run or f"runs/{script}-{Path(first.data).resolve().name}")
-    place = join(first.device)
+    flags = p.parse_known_args(argv)[0]
+    run = Path(flags.run or f"runs/{script}-{Path(flags.data).resolve().name}")
+    place = join(flags.device)
     if run.exists() and not run.is_dir():
         raise UserError(f"--run {run} is a file; give a folder")
     begun = (run / "last.pt").exists()
-    if first.best and not (run / "best.pt").exists():
+    if flags.best and not (run / "best.pt").exists():
         raise UserError(f"there is no best.pt in {run}; training with --eval-every writes it")
-    state = load(run / ("best.pt" if first.best else "last.pt"), script) if begun else begin(first) if begin and first.init else None
-    if (state["args"]["data"] if state else first.data) == "toy":
+    state = None
+    if begun:
+        state = load(run / ("best.pt" if flags.best else "last.pt"), script)
+    elif begin and flags.init:
+        state = begin(flags)
+    if (state["args"]["data"] if state else flags.data) == "toy":
         p.set_defaults(**toy, eval_every=0)
     if state:
         p.set_defaults(**{name: state["args"][name] for name in (*fixed, "epochs")})
@@ -268,17 +278,19 @@ def parse(p, toy, fixed, argv=None, begin=None):
         if getattr(args, flag, None) and not getattr(args, needs):
             raise UserError(f"--{flag} says how to draw; add --{needs} and captions")
     drawing = args.sample or args.interpolate
-    if args.best and not (drawing or args.evaluate):
+    training = not (drawing or args.evaluate)
+    if args.best and training:
         raise UserError("--best says which model draws; add --sample, --interpolate or --evaluate")
-    if begun and not (drawing or args.evaluate):
+    if begun and training:
         state["G"]                                                 # what was exported holds none: said before anything is prepared
     if processes()[0] and drawing:                                 # the first process draws
         raise SystemExit(0)
     args.run, args.data = run, data.source(args.data)
     random.seed(args.seed), np.random.seed(args.seed)
     for name in fixed if state else ():
-        # drawing: the seed is the noise's, and a checkpoint may have come from a machine where the pictures lay elsewhere
-        if name == "seed" and (drawing or args.evaluate) or name == "data" and (drawing or args.evaluate and args.data.startswith(os.sep)):
+        if name == "seed" and not training:                        # it is the noise's
+            continue
+        if name == "data" and (drawing or (args.evaluate and args.data.startswith(os.sep))):      # they may have lain elsewhere
             continue
         if getattr(args, name) != state["args"][name]:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts "
@@ -290,7 +302,7 @@ def parse(p, toy, fixed, argv=None, begin=None):
     if args.bf16 is None:                                          # GPUs before Ampere emulate it, and have no such convolutions
         args.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     args.eval_every = 20 * on_gpu if args.eval_every is None else args.eval_every       # minutes each on a CPU
-    if (drawing or args.evaluate) and state is None:
+    if not training and state is None:
         state = shipped(args, script)
     return args, state
 
@@ -375,7 +387,8 @@ def mean(x):
 
 def compiled(functions, step, parts):
     """torch.compile of functions, tried in one training step(*functions), forward and backward, whose traces in parts
-    (networks, optimisers) and random numbers are undone. Where that fails, or processes share a batch norm: the functions as they are, and one printed line."""
+    (networks, optimisers) and random numbers are undone. Where that fails, or processes share a batch norm: the functions as they
+    are, and one printed line."""
     if any(isinstance(m, nn.SyncBatchNorm) for part in parts.values() if isinstance(part, nn.Module) for m in part.modules()):
         print("no torch.compile: it breaks the graph at each batch norm that processes share")
         return functions
@@ -424,8 +437,6 @@ def save_grid(path, images, columns, captions=()):
     """images (N, 3, S, S) in [-1, 1] -> a PNG with `columns` pictures a row; captions, one a line, beside it as .txt."""
     from torchvision.utils import save_image
     path = Path(path)
-    if processes()[0]:
-        return path
     with data.writing(path) as part:
         save_image(images.float(), part, format="png", nrow=columns, normalize=True, value_range=(-1, 1))
     if captions:
@@ -470,13 +481,23 @@ def epoch_done(run, rows, keep, grid, pictures, columns, captions):
     rows, so that a resumed one has no gap and no double. last.pt last: whatever ends the run before, the epoch's end comes again."""
     if processes()[0]:
         return
-    fids = [row.get("fid", "") for row in rows if row.get("stage") == rows[-1].get("stage")]
-    if fids[-1] != "" and fids[-1] == min((fid for fid in fids if fid != "" and fid == fid), default=None):       # NaN is not itself
+    stage, fid = rows[-1].get("stage"), rows[-1]["fid"]            # "": not measured in that epoch
+    fids = [row["fid"] for row in rows if row.get("stage") == stage and row["fid"] != "" and not math.isnan(row["fid"])]
+    if fid != "" and fid == min(fids, default=None):
         keep("best.pt")
     save_grid(run / grid, pictures, columns, captions)
-    with data.writing(run / "log.csv") as part:
-        part.write_text("\n".join(",".join(map(str, line)) for line in [rows[-1], *([r.get(k, "") for k in rows[-1]] for r in rows)]) + "\n")
+    with data.writing(run / "log.csv") as part, open(part, "w", newline="") as file:
+        table = csv.DictWriter(file, rows[-1], lineterminator="\n", extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
     keep()
+
+
+def finite(losses, step, run):
+    """An error where a loss is infinite or NaN: nothing that the run would save from then on is of use."""
+    if not all(map(math.isfinite, losses)):
+        raise UserError(f"the loss is not finite at step {step} ({', '.join(map(str, losses))}); {run}/last.pt, if there, is from before; "
+                        f"try smaller learning rates in another --run")
 
 
 # ---------------------------------------------------------------------------------------------------- text encoders
@@ -528,7 +549,8 @@ class CharCnnRnn(TextEncoder):
         text = caption.lower()
         return [c for c in text if c in self.position and c != " "], [c for c in text if c not in self.position and not c.isspace()]
 
-    def tokens(self, captions, rng=None):                         # unknown characters are blank columns, as in Reed's code
+    def tokens(self, captions, rng=None):
+        """(B, 201) places in the alphabet; 0 for any other character: a blank column, as in Reed's code. rng: nothing is drawn here."""
         rows = [[self.position.get(c, 0) for c in caption.lower()[:self.length]] for caption in captions]
         return torch.tensor([row + [0] * (self.length - len(row)) for row in rows])
 
@@ -582,14 +604,12 @@ class Damsm(TextEncoder):
         """(B, T), T the longest. Which 18 words stay of a longer caption: by rng in training, else by the caption itself."""
         rows = []
         for caption in captions:
-            row = [self.number[w] for w in self.split(caption)[0]]
+            row = torch.tensor([self.number[w] for w in self.split(caption)[0]] or [0])
             if len(row) > self.length:
                 seed = torch.Generator().manual_seed(zlib.crc32(caption.encode(errors="replace")))
-                keep = torch.randperm(len(row), generator=rng or seed)[:self.length].sort().values
-                row = [row[i] for i in keep]
+                row = row[torch.randperm(len(row), generator=rng or seed)[:self.length].sort().values]
             rows.append(row)
-        longest = max(1, *map(len, rows))
-        return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def forward(self, text):
         lengths = (text != 0).sum(1).clamp(min=1)
@@ -673,8 +693,9 @@ def inception(device="cpu"):
     file = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name)
     net = inception_v3(weights=None, aux_logits=False, init_weights=False)
     net.fc = nn.Identity()
+    published = lambda: torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True, weights_only=True)
     try:
-        weights = tensors(file) if file.exists() else torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True, weights_only=True)
+        weights = tensors(file) if file.exists() else published()
         missing, more = net.load_state_dict(weights, strict=False)
         if not (all(k.endswith("num_batches_tracked") for k in missing) and all(k.startswith("fc.") for k in more)):
             raise ValueError("other layers")
@@ -716,18 +737,16 @@ def inception_features(dataset, device):
     paths = [dataset.stem.with_name(f"{dataset.stem.name}-inception-{dataset.key[:12]}.{k}") for k in shapes]
     sizes = [n * math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values()]
     if not all(p.exists() and p.stat().st_size == size for p, size in zip(paths, sizes)):
-        net, block = inception(device), []
+        net = inception(device)
+        pairs = zip(dataset.pictures, data.decoded(dataset.pictures, 299, f"Inception features of {dataset.name} {dataset.split}"))
         with data.writing(paths[0]) as a, data.writing(paths[1]) as b, open(a, "wb") as pooled, open(b, "wb") as regions:
-            arrays = data.decoded(dataset.pictures, 299, f"Inception features of {dataset.name} {dataset.split}")
-            for i, array in enumerate(arrays, 1):
-                if array is None:
-                    raise UserError(f"{dataset.pictures[i - 1].path} can no longer be read; run the same command again")
-                block.append(torch.from_numpy(array.copy()))
-                if len(block) == 32 or i == n:
-                    images = torch.stack(block).to(device).float() / 127.5 - 1
-                    for file, value, (_, dtype) in zip((pooled, regions), net(images), shapes.values()):
-                        file.write(value.to("cpu", dtype).contiguous().numpy().tobytes())
-                    block = []
+            while block := list(itertools.islice(pairs, 32)):
+                for picture, array in block:
+                    if array is None:
+                        raise UserError(f"{picture.path} can no longer be read; run the same command again")
+                images = torch.stack([torch.from_numpy(array.copy()) for _, array in block]).to(device).float() / 127.5 - 1
+                for file, value, (_, dtype) in zip((pooled, regions), net(images), shapes.values()):
+                    file.write(value.to("cpu", dtype).contiguous().numpy().tobytes())
     return tuple(data.mapped(path, (n, *shape), dtype) for path, (shape, dtype) in zip(paths, shapes.values()))
 
 
@@ -770,13 +789,14 @@ class ImageSide(nn.Module):
 # ---------------------------------------------------------------------------------------------------- training
 
 def class_means(x, classes):
-    """(C, D) mean of the rows of each class."""
+    """x (N, D), classes (N,) -> (C, D), the mean of each class."""
     total = torch.zeros(int(classes.max()) + 1, x.shape[1], device=x.device).index_add_(0, classes, x)
     return total / classes.bincount()[:, None]
 
 
 def retrieval(image, text, image_class, text_class):
-    """Top-1 of caption -> class (by its mean picture) and picture -> class (by its mean text, as Reed et al. measure)."""
+    """Top-1 of caption -> class (by its mean picture) and picture -> class (by its mean text, as Reed et al. measure).
+    image (N, D), text (M, D), image_class (N,), text_class (M,)."""
     top = lambda x, means, classes: ((x @ means.T).argmax(1) == classes).float().mean().item()
     return (top(text, class_means(image, image_class), text_class), top(image, class_means(text, text_class), image_class))
 
@@ -881,7 +901,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, image_fe
     if sje:
         fold(encoder, norm.eval(), train.captions)
     with torch.no_grad():
-        few = torch.arange(min(len(test), 1000 if test.classes.max() + 1 == len(test) else len(test)))
+        few = torch.arange(min(len(test), 1000 if test.classes.max() + 1 == len(test) else len(test)))      # COCO, of no classes: 1,000
         image = torch.cat([side(look(test, i, None))[0] for i in few.split(64)])
         owner = torch.repeat_interleave(torch.arange(len(test)), test.first.diff())[:test.first[len(few)]]
         text = encoder.encode(test.captions[:len(owner)], "held-out captions")
@@ -1021,10 +1041,10 @@ def moments(features):
     return torch.cat((torch.tensor([float(len(x))]), x.sum(0), (x.T @ x).flatten()))
 
 
-def gaussian(moments):
-    """Mean (D,) and covariance (D, D), float64."""
-    dim = math.isqrt(len(moments))                                # D from 1 + D + D*D
-    n, mean, square = moments[0], moments[1:dim + 1] / moments[0], moments[dim + 1:].view(dim, dim)
+def gaussian(summed):
+    """Mean (D,) and covariance (D, D), float64, from `moments`."""
+    dim = math.isqrt(len(summed))                                 # D from 1 + D + D*D
+    n, mean, square = summed[0], summed[1:dim + 1] / summed[0], summed[dim + 1:].view(dim, dim)
     return mean, (square - n * torch.outer(mean, mean)) / (n - 1)
 
 
@@ -1051,7 +1071,7 @@ def spread(features):
 
 
 def eight_bits(images):
-    """Pictures as a PNG would give them back."""
+    """(B, 3, S, S) in [-1, 1], rounded to 256 levels, as a PNG would give it back."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
@@ -1119,9 +1139,9 @@ class Judge:
         """The real pictures' own R-precision, each with its first caption, and their diversity within a class."""
         out, index = {}, torch.arange(len(self.unseen))
         if self.scorer:
-            small = self.scorer[1].small
-            out["r_precision"] = torch.cat([self.precise(*((None, self.unseen.centre(i)) if small else (self.real[i], None)), self.unseen.first[i], b)
-                                            for b, i in enumerate(index.split(64))]).mean().item()
+            hits = [self.precise(self.real[i] if self.net else None, self.unseen.centre(i), self.unseen.first[i], b)
+                    for b, i in enumerate(index.split(64))]
+            out["r_precision"] = torch.cat(hits).mean().item()
         groups = [index[self.unseen.classes == c] for c in (self.unseen.classes.bincount() >= each).nonzero()[:, 0]]
         if self.net and groups:
             out["diversity"] = spread([self.real[g[torch.linspace(0, len(g) - 1, each).long()]] for g in groups])
@@ -1131,10 +1151,9 @@ class Judge:
         """R-precision (AttnGAN, section 4.1), top-1: is each picture closer to its own caption than to 99 of other classes?
         Cosine in the joint space. captions (N,): their numbers. -> (N,) of 0 and 1. The 99 are drawn anew for each picture."""
         _, side, _ = self.scorer
-        rng, label, count = torch.Generator().manual_seed(seed), self.classes[captions], self.classes.bincount()
-        others = (torch.rand(len(captions), self.wrong, generator=rng, dtype=torch.double) * (len(self.classes) - count[label])[:, None]).long()
-        others += count[label][:, None] * (others >= (count.cumsum(0) - count)[label][:, None])      # step over the own class
-        candidates = self.text[torch.cat((captions[:, None], self.by_class[others]), 1).to(self.text.device)]      # (N, 100, dim)
+        rng = torch.Generator().manual_seed(seed)
+        others = data.of_other_classes(self.by_class, self.classes.bincount(), self.classes[captions], self.wrong, rng)
+        candidates = self.text[torch.cat((captions[:, None], others), 1).to(self.text.device)]       # (N, 100, dim)
         if side.small:
             pooled = side.small(F.interpolate(images, (64, 64), mode="bilinear", antialias=True).to(self.text.device))[0]
         image = F.normalize(side.embed(pooled.to(self.text.device)))                                # (N, dim)
@@ -1149,7 +1168,9 @@ class Judge:
         number, among = processes()
         order = torch.randperm(len(self.owner), generator=torch.Generator().manual_seed(seed))
         total = torch.zeros(parts, 1 + 2048 + 2048**2, dtype=torch.double) if self.net else None
-        hit, named, blocks = torch.zeros(n, dtype=torch.double), torch.zeros(3, 2, dtype=torch.double), torch.arange(n).tensor_split(parts * -(-n // (64 * parts)))
+        hit, named = torch.zeros(n, dtype=torch.double), torch.zeros(3, 2, dtype=torch.double)
+        # of at most 64 pictures, block b in part b % parts: so their number is a multiple of parts
+        blocks = torch.arange(n).tensor_split(parts * math.ceil(n / (64 * parts)))
         with Progress(n, "evaluating") as bar:
             for b in range(number, len(blocks), among):
                 captions = order[blocks[b] % len(order)]
@@ -1173,19 +1194,22 @@ class Judge:
                 each = [frechet(*self.reference, *gaussian(part), self.root) for part in total]
                 out["fid_error"], out["fid_of_parts"] = torch.tensor(each).std().item() / parts ** 0.5, each
         if self.scorer:
-            folds = torch.stack([fold.mean() for fold in hit.tensor_split(10)])
+            folds = torch.stack([tenth.mean() for tenth in hit.tensor_split(10)])
             out["r_precision"], out["r_precision_folds"] = hit.mean().item(), folds.std().item()
-        for (right, of), trait in zip(named.tolist(), ("petal", "centre", "count") if self.unseen.traits else ()):
-            out[trait] = right / max(of, 1)
+        if self.unseen.traits:
+            out |= {trait: right / max(of, 1) for trait, (right, of) in zip(("petal", "centre", "count"), named.tolist())}
         return out
 
     def follow(self, images, captions):
         """Toy: (3, 2), how many pictures have the petal colour, centre colour and petal count of their captions, of how many
         whose captions name it."""
-        said = [(self.unseen.captions[c], self.unseen.traits[self.owner[c]]) for c in captions]
-        shown = data.judge(images)
-        return torch.tensor([[sum(s[k] == t[k] for s, (c, t) in zip(shown, said) if t[k] in c), sum(t[k] in c for c, t in said)]
-                             for k in ("petal", "centre", "count")], dtype=torch.double)
+        counts = torch.zeros(3, 2, dtype=torch.double)
+        for caption, shown in zip(captions, data.judge(images)):
+            text, drawn = self.unseen.captions[caption], self.unseen.traits[self.owner[caption]]
+            for i, trait in enumerate(("petal", "centre", "count")):
+                if drawn[trait] in text:
+                    counts[i] += torch.tensor((shown[trait] == drawn[trait], True))
+        return counts
 
 
 def watch(args, unseen, encoder):
@@ -1202,10 +1226,9 @@ def watch(args, unseen, encoder):
         if net and full:
             scorer = None
             try:
-                scorer = score_encoder(args.data, args.root, args.device, args.score_encoder, train=False) if unseen.classes.max() else None
+                scorer = score_encoder(args.data, args.root, args.device, args.score_encoder, train=False)
                 if scorer is None:
-                    print(f"no R-precision during training: python common.py --encoder damsm --data {args.data} trains the encoder that it takes"
-                          if unseen.classes.max() else "no R-precision: the test pictures are of one class")
+                    print(f"no R-precision during training: python common.py --encoder damsm --data {args.data} trains the encoder that it takes")
             except UserError as error:
                 print(f"no R-precision during training: {error}")
             judge = Judge(unseen, embeddings(encoder, unseen), net, scorer)
@@ -1237,11 +1260,11 @@ def evaluate(args, state, encoder, size, paint, **about):
     name = args.data if kept.exists() else state["args"]["data"]
     n, path = args.eval_images or 30000, args.run / "evaluation.json"
 
-    def before():
+    def earlier():
         with data.refused(f"{path} is damaged; move it away, the next evaluation begins a new one"):
             return [dict(entry) for entry in json.loads(path.read_text())] if path.exists() else []
 
-    before()
+    earlier()                                                      # damaged: said now, not after an hour of drawing
     with first():
         unseen, net = data.load(name, "test", size, args.root), None
         try:
@@ -1265,34 +1288,39 @@ def evaluate(args, state, encoder, size, paint, **about):
         seen["diversity"] = diversity(net, paint, judge.sentences[some], 8, args.seed)
     about = {key: value() if callable(value) else value for key, value in about.items()}
     real, own = judge.of_real(), False
-    if scorer:
-        own = type(encoder) is type(scorer[0]) and torch.equal(*(some.encode(unseen.captions[:8]) for some in (encoder, scorer[0])))
+    if scorer:                                                     # equal sentences: it is the generator's own encoder
+        own = type(encoder) is type(scorer[0]) and torch.equal(*(e.encode(unseen.captions[:8]) for e in (encoder, scorer[0])))
+    there, begun = len(judge.owner), getattr(args, "init", None)   # captions; the released file that the run began with
+    part_of = f"{n} of the" if n < there else f"{n / there:.2f} times the"
     report = {
         **seen, **{f"{key}_real": value for key, value in real.items()}, "images": n, **about,
-        "captions": f"{f'{n} of the' if n < len(judge.owner) else f'{n / len(judge.owner):.2f} times the'} {len(judge.owner)} captions of the "
-                    f"{len(unseen)} test pictures of {name}, in random order",
-        "checkpoint": str(kept if kept.exists() else getattr(args, "init", None) or f"weights/{state['kind']}.pt"),
+        "captions": f"{part_of} {there} captions of the {len(unseen)} test pictures of {name}, in random order",
+        "checkpoint": str(kept if kept.exists() else begun or f"weights/{state['kind']}.pt"),
         "reference": f"{len(unseen)} real pictures, {name} test, central {size} px of {unseen.images.shape[-1]}", "reference_key": unseen.key,
         "fid_network": "pytorch-fid's Inception of 2015-12-05, pool 2048, pictures of 8 bits resized to 299 bilinearly without antialias",
-        "weights": f"average of G, decay {state['args']['ema']}" if state["step"] or not getattr(args, "init", None) else "as released", "seed": args.seed, "step": state["step"], "device": args.device,
-        "torch": torch.__version__, "r_precision_encoder": scorer and scorer[2], "r_precision_by_the_generators_encoder": scorer and own,
-        "r_precision_protocol": "top-1 of the own caption and 99 of other classes, drawn with repeats, cosine", "diversity_captions": net and len(some),
+        "weights": "as released" if begun and not state["step"] else f"average of G, decay {state['args']['ema']}",
+        "seed": args.seed, "step": state["step"], "device": args.device, "torch": torch.__version__,
+        "r_precision_encoder": scorer and scorer[2], "r_precision_by_the_generators_encoder": scorer and own,
+        "r_precision_protocol": "top-1 of the own caption and 99 of other classes, drawn with repeats, cosine",
+        "diversity_captions": net and len(some),
         "diversity_protocol": "mean distance of pool features of 2 of 8 samples a caption; real: of 2 of 8 pictures a class"}
     if net:
-        print(f"FID           {seen['fid']:.2f} +- {seen['fid_error']:.2f} of {n} pictures; with fewer it is higher: {sum(seen['fid_of_parts']) / 5:.2f} of {n // 5}")
+        fewer = sum(seen["fid_of_parts"]) / 5
+        print(f"FID           {seen['fid']:.2f} +- {seen['fid_error']:.2f} of {n} pictures; with fewer it is higher: {fewer:.2f} of {n // 5}")
     if scorer:
         print(f"R-precision   {seen['r_precision']:.1%} +- {seen['r_precision_folds']:.1%} over 10 folds; the own caption against 99 of other classes; "
               f"real pictures of this size {real['r_precision']:.1%}\n              by {scorer[2]}, "
               f"{'which trained the generator too: that flatters it' if own else 'which the generator never saw'}")
     if net:
-        print(f"diversity     {seen['diversity']:.2f} between two samples of a caption"
-              f"{', {:.2f} between two real pictures of a class'.format(real['diversity']) if 'diversity' in real else ''} (distance of features)")
+        of_real = f", {real['diversity']:.2f} between two real pictures of a class" if "diversity" in real else ""
+        print(f"diversity     {seen['diversity']:.2f} between two samples of a caption{of_real} (distance of features)")
     if unseen.traits:
-        print("as said       petal colour {petal:.0%}, centre colour {centre:.0%}, petal count {count:.0%} (of the pictures whose captions name it)".format(**seen))
+        print("as said       petal colour {petal:.0%}, centre colour {centre:.0%}, petal count {count:.0%} "
+              "(of the pictures whose captions name it)".format(**seen))
     for key in (*(key for key in about if about[key] is not None), "checkpoint", "captions", "reference", "fid_network", "weights", "seed", "step"):
         print(f"{key:13} {report[key]}")
     with data.writing(path) as part:
-        part.write_text(json.dumps([*before(), report], indent=1))
+        part.write_text(json.dumps([*earlier(), report], indent=1))
     print(path)
 
 
@@ -1305,8 +1333,8 @@ def traits_follow(unseen, encoder, paint):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="common.py", description="Train a text encoder and print its retrieval on held-out classes (of a folder: pictures); "
-                                                                 "or make a small file of a checkpoint.")
+    p = argparse.ArgumentParser(prog="common.py", description="Train a text encoder and print its retrieval on held-out classes (of a folder: "
+                                                              "pictures); or make a small file of a checkpoint.")
     p.add_argument("--encoder", choices=["char-cnn-rnn", "damsm"], default="char-cnn-rnn")
     p.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder of pictures and captions (default: toy)")
     p.add_argument("--root", default="datasets", help="folder that holds the named data sets (default: datasets)")

@@ -204,10 +204,12 @@ def extract(archive, folder, name):
             return None
         return "/".join(parts[parts.index(name) + 1:])
 
-    def sound(member):    # of a negative size: tarfile would read the same header for ever
-        if member.size < 0:
-            raise tarfile.TarError("a negative size")
-        return True
+    def wanted(members):  # of a tar, under their new names
+        for member in members:
+            if member.size < 0:                               # tarfile would read the same header for ever
+                raise tarfile.TarError("a negative size")
+            if (to := inside(member.name)) and (member.isfile() or member.isdir()):
+                yield member.replace(name=to, deep=False)
 
     with (refused(f"{archive} could not be unpacked ({{error}}); remove it and run the same command again"),
           writing(Path(folder) / name) as part, Progress(1, f"unpacking {Path(archive).name}", "archives") as bar):
@@ -216,17 +218,15 @@ def extract(archive, folder, name):
             with zipfile.ZipFile(archive) as z:
                 fits(archive, sum(member.file_size for member in z.infolist()))
                 for member in z.infolist():
-                    if inside(member.filename) and not member.is_dir():
-                        member.filename = inside(member.filename)
+                    if (to := inside(member.filename)) and not member.is_dir():
+                        member.filename = to
                         z.extract(member, part)
         else:
             with gzip.open(archive) as stream:                # its checksum first: tarfile takes damage for the end
                 while stream.read(1 << 20):
                     fits(archive, stream.tell())
             with tarfile.open(archive) as t:
-                members = ((m, inside(m.name)) for m in t if sound(m))
-                t.extractall(part, (m.replace(name=to, deep=False) for m, to in members if to and (m.isfile() or m.isdir())),
-                             filter="data")                   # refuses what would land outside the folder
+                t.extractall(part, wanted(t), filter="data")  # refuses what would land outside the folder
         if not any(part.iterdir()):
             raise UserError(f"{archive} holds no folder {name}; remove it and run the same command again")
         bar.step()
@@ -277,8 +277,8 @@ def cub(folder, split):
     """150 / 50 classes, 8,855 / 2,933 pictures. train_test_split.txt is another split: of pictures, not classes."""
     fetch("cub", folder)
     base, text = folder / "CUB_200_2011", captions_of(folder, "cub")
-    names, boxes = (dict(line.split(maxsplit=1) for line in (base / f).read_text().splitlines())
-                    for f in ("images.txt", "bounding_boxes.txt"))
+    table = lambda file: dict(line.split(maxsplit=1) for line in (base / file).read_text().splitlines())
+    names, boxes = table("images.txt"), table("bounding_boxes.txt")
     pictures = []
     for number, name in names.items():
         if (int(name[:3]) in CUB_TEST) == (split == "test"):
@@ -348,7 +348,7 @@ def toy(split, per_class=40):
             traits = dict(petal=petal, centre=centre, count=count, ground=str(rng.choice(list(GROUNDS))), radius=radius,
                           size="small" if radius < 0.36 else "large", seed=int(rng.integers(2**31)))
             captions = [WORDINGS[i].format(**traits) for i in rng.choice(len(WORDINGS), 5, replace=False)]
-            pictures.append(Picture(None, captions, label + 1000 * (split == "test"), traits=traits))
+            pictures.append(Picture(None, captions, label, traits=traits))
     return pictures
 
 
@@ -387,11 +387,12 @@ def judge(images):
     grid = torch.linspace(-0.5, 0.5, images.shape[-1])
     y, x = torch.meshgrid(grid, grid, indexing="ij")
     r = torch.hypot(x, y)
-    nearest = lambda where, *tables: torch.cdist(where, torch.tensor([c for t in tables for c in t.values()], dtype=torch.float32)).argmin(-1)
+    colours = lambda table: torch.tensor(list(table.values()), dtype=torch.float32)          # (n, 3)
+    nearest = lambda where, known: torch.cdist(where, known).argmin(-1)
     most = lambda votes, n: torch.nn.functional.one_hot(votes).sum(1)[:, :n].argmax(1)        # (B, votes) -> (B,)
-    colour = nearest(pixels, PETALS, GROUNDS)                                                 # (B, S, S)
+    colour = nearest(pixels, torch.cat((colours(PETALS), colours(GROUNDS))))                  # (B, S, S)
     petal = most(colour[:, (r > 0.12) & (r < 0.24)], len(PETALS))
-    centre = most(nearest(pixels[:, r < 0.06], CENTRES), len(CENTRES))
+    centre = most(nearest(pixels[:, r < 0.06], colours(CENTRES)), len(CENTRES))
     flower = ((colour == petal[:, None, None]) & (r < 0.48)).float()
     middle = [(flower * axis).sum((1, 2)) / flower.sum((1, 2)).clamp(min=1) for axis in (x, y)]
     angle = torch.atan2(y - middle[1][:, None, None], x - middle[0][:, None, None])
@@ -414,7 +415,7 @@ def decode(picture, side):
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                                     # 16 bits a pixel: keep the upper eight
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            elif "transparency" in image.info or image.mode in ("RGBA", "LA"):
+            elif image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             if picture.box:
@@ -499,8 +500,9 @@ class Dataset:
                     for why, names in (("without a caption", mute), ("missing", lost), ("broken", broken)) if names]
         if left_out:
             print(f"{name} {split}: left out " + ", ".join(left_out), file=sys.stderr)
-        if len(self.pictures) < (1 if split == "test" else 2):
-            raise UserError(f"{name} has {len(self.pictures)} usable pictures for {split}; it needs at least {1 if split == 'test' else 2} with captions")
+        least = 1 if split == "test" else 2
+        if len(self.pictures) < least:
+            raise UserError(f"{name} has {len(self.pictures)} usable pictures for {split}; it needs at least {least} with captions")
         labels = [p.label for p in self.pictures]
         if len(set(labels)) == 1:             # no classes to tell apart: every picture is its own
             labels = range(len(labels))
@@ -519,24 +521,31 @@ class Dataset:
         return self.images[index, :, a:a + self.size, a:a + self.size].float() / 127.5 - 1
 
 
-NAMED = {"flowers": flowers, "cub": cub, "coco": coco}
+NAMED = {"toy": lambda folder, split: toy(split), "flowers": flowers, "cub": cub, "coco": coco}
 
 
 def source(name):
     """The data set as runs remember it: toy, flowers, cub, coco, or the absolute path of a folder."""
-    return name if name == "toy" or name in NAMED else str(Path(name).resolve())
+    return name if name in NAMED else str(Path(name).resolve())
 
 
 def load(name, split="train", size=64, root="datasets", cache=None):
     """A data set by name, or a folder of one's own by path. split: train or test. size: S, in pixels."""
-    folder = (Path(root) / name).resolve() if name == "toy" or name in NAMED else Path(name).resolve()
+    folder = (Path(root) / name if name in NAMED else Path(name)).resolve()
     with refused(f"{folder} is not laid out as {name} should be ({{error}}); remove the damaged part and run again"):
-        pictures = toy(split) if name == "toy" else NAMED.get(name, own)(folder, split)
+        pictures = NAMED.get(name, own)(folder, split)
     where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]  # two folders of one name must not evict each other
     return Dataset(folder.name, split, size, pictures, Path(cache or CACHE) / f"{folder.name}-{where}-{split}")
 
 
 # ---------------------------------------------------------------------------------------------------- batches
+
+def of_other_classes(by_class, count, label, k, rng):
+    """(B, k) numbers of things whose class is not label (B,), uniform. by_class: all of them in order of class; count: of each class."""
+    own, start = count[label][:, None], (count.cumsum(0) - count)[label][:, None]
+    pick = (torch.rand(len(label), k, generator=rng, dtype=torch.double) * (len(by_class) - own)).long()
+    return by_class[pick + own * (pick >= start)]                  # step over the own class
+
 
 class Batch(NamedTuple):
     images: torch.Tensor      # (B, 3, S, S) in [-1, 1], randomly cropped and flipped
@@ -565,7 +574,7 @@ class Batches:
         self.by_class = dataset.classes.argsort(stable=True)
         self.count = dataset.classes.bincount()
         self.start = self.count.cumsum(0) - self.count
-        self.captions_of = dataset.first.diff()
+        self.caption_count = dataset.first.diff()
 
     def __len__(self):
         return max(1, len(self.data) // self.batch_size)
@@ -581,16 +590,14 @@ class Batches:
 
     def say(self, index, rng):
         """k captions of each picture, different ones while it has as many: (B, k)."""
-        count = self.captions_of[index][:, None]
-        width = max(int(self.captions_of.max()), self.k)
+        count = self.caption_count[index][:, None]
+        width = max(int(self.caption_count.max()), self.k)
         order = (torch.rand(len(index), width, generator=rng) + (torch.arange(width) >= count)).argsort(1)
         return self.data.first[index][:, None] + order[:, :self.k] % count
 
     def another(self, index, rng):
         """A picture of another class for each, uniform over all of them."""
-        label = self.data.classes[index]
-        draw = (torch.rand(len(index), generator=rng, dtype=torch.double) * (len(self.data) - self.count[label])).long()
-        return self.by_class[draw + self.count[label] * (draw >= self.start[label])]
+        return of_other_classes(self.by_class, self.count, self.data.classes[index], 1, rng)[:, 0]
 
     def __call__(self, step):
         epoch, at = divmod(step, len(self))

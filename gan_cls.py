@@ -101,16 +101,12 @@ class Discriminator(nn.Module):
         return self.joint(torch.cat((self.image(x), t), 1)).flatten()
 
 
-class StyleEncoder(nn.Module):
+class StyleEncoder(nn.Sequential):
     """S, section 4.4: pictures (B, 3, 64, 64) -> z (B, 100). The paper gives no layers; D's trunk is used."""
 
     def __init__(self, ndf=64):
-        super().__init__()
-        self.net = nn.Sequential(trunk(ndf), nn.Flatten(), nn.Linear(8 * ndf * 16, NZ))
+        super().__init__(trunk(ndf), nn.Flatten(), nn.Linear(8 * ndf * 16, NZ))
         self.apply(init)
-
-    def forward(self, x):
-        return self.net(x)
 
 
 # ---------------------------------------------------------------------------------------------------- losses
@@ -237,9 +233,7 @@ def train(args, state):
             ended = step % len(batches) == 0
             if ended or stop.code or step % 10 == 0:
                 now = (total / (step % len(batches) or len(batches))).tolist()
-                if not math.isfinite(now[0] + now[1]):
-                    raise common.UserError(f"the loss is not finite at step {step} (G {now[0]}, D {now[1]}); {args.run}/last.pt, "
-                                           f"if there, is from before; try a smaller --lr in another --run")
+                common.finite(now[:2], step, args.run)
                 bar.note = "G {:.2f} D {:.2f}  D(real) {:.2f} D(wrong) {:.2f} D(fake) {:.2f}".format(*now)
             bar.label = f"epoch {epoch + 1}/{args.epochs}"
             bar.step(count)
@@ -261,6 +255,7 @@ def train(args, state):
 
 
 def noise(n, seed):
+    """z (n, 100) from N(0, 1), drawn on the CPU: the same on every device."""
     return torch.randn(n, NZ, generator=torch.Generator().manual_seed(seed))
 
 
@@ -288,13 +283,13 @@ def sample(args, state):
     G, encoder = finished(state, args.device)
     t = encoder.ask(args.sample)
     if args.images:
+        # noise of 64 always: a shorter draw has other numbers
         common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed, n: draw(
             G, noise(64, seed)[:n].to(args.device), t[i].expand(n, -1)))
         return
     z = noise(args.columns, args.seed).repeat(len(t), 1).to(args.device)
-    path = common.save_grid(args.run / f"sample-{common.slug(args.sample)}-{args.seed}.png",
-                            draw(G, z, t.repeat_interleave(args.columns, 0)), args.columns, args.sample)
-    print(path)
+    print(common.save_grid(args.run / f"sample-{common.slug(args.sample)}-{args.seed}.png",
+                           draw(G, z, t.repeat_interleave(args.columns, 0)), args.columns, args.sample))
 
 
 def interpolate(args, state):
@@ -330,6 +325,7 @@ def style_encoder(args, G, encoder, state):
     import common
     import data
     path = args.run / "style.pt"
+    torch.manual_seed(0)             # S depends on G and the steps alone: --seed is the noise's here
     S = StyleEncoder(state["args"]["ndf"]).to(args.device, memory_format=torch.channels_last)
     mark = [args.style_steps, *(p.cpu().double().sum().item() for p in G.parameters())]              # another G needs another S
     if path.exists() and (done := common.load(path, "gan_cls style"))["mark"] == mark:
@@ -338,7 +334,6 @@ def style_encoder(args, G, encoder, state):
         return S.eval(), done["note"]
     dataset, unseen = (data.load(state["args"]["data"], split, SIZE, args.root) for split in ("train", "test"))
     sentences, opt = common.embeddings(encoder, dataset), torch.optim.Adam(S.parameters(), 2e-4, betas=(0.5, 0.999))
-    torch.manual_seed(args.seed)
     with data.Progress(args.style_steps * 64, "style encoder") as bar:
         for step in range(args.style_steps):
             z, t = torch.randn(64, NZ, device=args.device), sentences[torch.randint(len(sentences), (64,), device=args.device)]
@@ -416,13 +411,16 @@ def main(argv=None):
     g.add_argument("--variant", choices=["gan", "cls", "int", "int-cls"], default="int-cls", help="default: int-cls, the paper's best")
     g.add_argument("--epochs", type=number(int, 1), metavar="N", default=600, help="default: 600 (section 5)")
     g.add_argument("--batch-size", type=number(int, 2), metavar="N", default=64, help="default: 64 (section 5)")
-    g.add_argument("--lr", type=number(float, 0, 1), metavar="X", default=2e-4, help="default: 0.0002 (section 5), halved every 100 epochs (released code)")
+    g.add_argument("--lr", type=number(float, 0, 1), metavar="X", default=2e-4,
+                   help="default: 0.0002 (section 5), halved every 100 epochs (released code)")
     g.add_argument("--ngf", type=number(int, 1), metavar="N", default=128, help="width of G (default: 128, released code)")
     g.add_argument("--ndf", type=number(int, 1), metavar="N", default=64, help="width of D (default: 64, released code)")
     g.add_argument("--captions-per-image", type=number(int, 1), metavar="N", default=4, help="captions averaged (default: 4, released code)")
     s.add_argument("--style", metavar="PHOTO", help="with --sample: draw the captions in the style of a photo (section 4.4)")
     s.add_argument("--style-steps", type=number(int, 1), metavar="N", default=2000, help="steps that train the style encoder (default: 2000)")
     args, state = common.parse(p, TOY, FIXED, argv)
+    if args.style and args.images:
+        raise common.UserError("--style draws one row; leave --images out")
     does = style_transfer if args.style else sample if args.sample else interpolate if args.interpolate else evaluate if args.evaluate else train
     return does(args, state)
 

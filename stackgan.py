@@ -27,8 +27,8 @@ NZ, NC, TEXT = 100, 128, 1024   # noise z; conditioning c (section 3.5); sentenc
 
 
 # ---------------------------------------------------------------------------------------------------- networks
-# The layers of the PyTorch release, figure 2 but for what is said at the line; the TensorFlow code has residual blocks besides, at 4x4
-# in D, at 4x4 and 8x8 in Stage I's G, and draws eps from a normal cut at +-2.
+# The layers of the PyTorch release; where they are not those of figure 2 the line says so. The TensorFlow code also has residual
+# blocks, at 4x4 in D and at 4x4 and 8x8 in Stage I's G, and cuts eps at +-2.
 
 class ConditioningAugmentation(nn.Module):
     """t (B, 1024), eps (B, 128) from N(0, 1) -> c = mu + sigma eps, mu, log sigma, (B, 128) each. Section 3.2, figure 2.
@@ -198,7 +198,7 @@ def d_step(D, opt_d, real, wrong, fake, t):
 
 
 def g_step(D, opt_g, fake, t, kl):
-    """Minimise g_loss + 2 KL over G. fake = G(...) with its graph, kl = kl_loss of its mu and log sigma, or 0. D needs no gradient."""
+    """Minimise g_loss + 2 KL over G. fake = G(...) with its graph, kl = kl_loss of its mu and log sigma, or 0."""
     D.requires_grad_(False)      # it needs none; and autocast then leaves alone the bf16 weights that it kept from before D's step
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
@@ -304,9 +304,7 @@ def train_stage(args, state, stage):
             ended = step % len(batches) == 0
             if ended or stop.code or step % 10 == 0:
                 now = (total / (step % len(batches) or len(batches))).tolist()
-                if not math.isfinite(sum(now)):
-                    raise common.UserError(f"the loss is not finite at step {step} (G {now[0]}, KL {now[1]}, D {now[2]}); "
-                                           f"{args.run}/last.pt, if there, is from before; try a smaller --lr in another --run")
+                common.finite(now[:3], step, args.run)
                 bar.note = "G {:.2f} KL {:.3f} D {:.2f}  D(real) {:.2f} D(wrong) {:.2f} D(fake) {:.2f}".format(*now)
             bar.label = f"Stage {'I' * stage} epoch {epoch + 1}/{args.epochs}"
             bar.step(count)
@@ -364,7 +362,8 @@ def first_stage(state, device):
 def finished(state, device="cpu", stage=2):
     """A painter (noise, t) -> pictures of each stage, and the text encoder, of a checkpoint; prints where they come from."""
     import common
-    print(f"trained on {state['args']['data']}, {state['step']} steps of Stage {'I' * min(stage, state['stage'])}; text encoder: {state['text_note']}")
+    print(f"trained on {state['args']['data']}, {state['step']} steps of Stage {'I' * min(stage, state['stage'])}; "
+          f"text encoder: {state['text_note']}")
     G1, G2 = first_stage(state, device), None
     if stage == state["stage"] == 2:
         G2 = AveragedModel(Stage2(state["args"]["ngf"], state["args"]["size"]), use_buffers=True)
@@ -384,10 +383,12 @@ def sample(args, state):
     """A grid: for each caption a row of Stage I above its row of Stage II; the columns share their noise. --images: as many
     files for each caption instead."""
     import common
-    paint, encoder = finished(state, args.device)
+    paint, encoder = finished(state, args.device, args.stage or 2)
     t = encoder.ask(args.sample)
     if args.images:
-        common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed, n: paint(noise(64, seed)[:n], t[i].expand(n, -1))[-1])
+        # noise of 64 always: a shorter draw has other numbers
+        common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed, n: paint(
+            noise(64, seed)[:n], t[i].expand(n, -1))[-1])
         return
     stages = paint(noise(args.columns, args.seed).repeat(len(t), 1), t.repeat_interleave(args.columns, 0))
     print(common.save_grid(args.run / f"sample-{common.slug(args.sample)}-{args.seed}.png", rows_of(stages, args.columns), args.columns,
@@ -398,7 +399,7 @@ def interpolate(args, state):
     """Sentence A to B over the columns, each row one noise, z and eps fixed (figure 8); --noise: noise to noise, a row for
     each of the sentences. Stage I above Stage II."""
     import common
-    paint, encoder = finished(state, args.device)
+    paint, encoder = finished(state, args.device, args.stage or 2)
     a, b = encoder.ask(args.interpolate)
     way = torch.linspace(0, 1, args.columns)[:, None]
     if args.noise:
@@ -419,11 +420,13 @@ def evaluate(args, state):
     if stage < state["stage"]:                                     # the log knows how long Stage I was trained
         state = {**state, "step": max((row["step"] for row in state["rows"] if row["stage"] == 1), default=0)}
     paint, encoder = finished(state, args.device, stage)
-    with torch.device("meta"):
-        count = [sum(p.numel() for p in net.parameters()) for net in (Stage1(has["ngf"]), *([Stage2(has["ngf"], has["size"])] if stage == 2 else []),
-                                                                      Discriminator(has["ndf"], 64 if stage == 1 else has["size"]))]
-    common.evaluate(args, state, encoder, 64 if stage == 1 else has["size"], lambda t, seed: paint(noise(len(t), seed), t)[stage - 1],
-                    stage=stage, parameters_G=sum(count[:-1]), parameters_D=count[-1])
+    size = 64 if stage == 1 else has["size"]
+    with torch.device("meta"):                                     # to be counted, not to be run
+        nets = [Stage1(has["ngf"]), Stage2(has["ngf"], has["size"])][:stage]
+        D = Discriminator(has["ndf"], size)
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    common.evaluate(args, state, encoder, size, lambda t, seed: paint(noise(len(t), seed), t)[stage - 1],
+                    stage=stage, parameters_G=sum(map(count, nets)), parameters_D=count(D))
 
 
 # ---------------------------------------------------------------------------------------------------- command line
