@@ -10,7 +10,7 @@ One generator draws at full size; noise z and sentence embedding e reach every b
     python dfgan.py --data cub --sample "a small yellow bird" "a red bird"      (--truncation 0.88 as in the released evaluation)
     python dfgan.py --data cub --interpolate "a yellow bird" "a blue bird"                 (--noise moves the noise)
     python dfgan.py --data cub --evaluate                        FID, R-precision, diversity, and how they were measured
-    python dfgan.py --data cub --init state_epoch_1220.pth --text-encoder text_encoder200.pth       a released model goes on
+    python dfgan.py --data cub --init state_epoch_1220.pth --text-encoder text_encoder200.pth       goes on with a released model
 
 Toy: petal colour right in 88 to 90% of samples for held-out captions (three seeds, chance 12%), 8.5 minutes, 2 CPU cores, torch 2.15.
 Oxford-102 with --size 64 --nf 16 --batch-size 16 --bf16: 26 epochs in 70 minutes of 1 core, FID 157 at 64 px; it is weights/dfgan.pt.
@@ -345,20 +345,20 @@ def draw(G, z, e, batch=16):
 
 # ---------------------------------------------------------------------------------------------------- sample
 
-def released(first):
+def released(flags):
     """A checkpoint of ours, at step 0, from --init: {"model": {netG, netD, netC}, "optimizers": {optimizer_G, optimizer_D}},
-    the layout of the released state_epoch_*.pth. first: the flags as given; width and size are the file's."""
+    the layout of the released state_epoch_*.pth. flags: as given; width and size are the file's."""
     import common
     import data
-    if not first.text_encoder:
+    if not flags.text_encoder:
         raise common.UserError("--init needs the DAMSM encoder that the model was trained with: add --text-encoder text_encoder200.pth")
-    torch.manual_seed(first.seed)
+    torch.manual_seed(flags.seed)
     try:
-        file = common.tensors(first.init)
+        file = common.tensors(flags.init)
         g, d, c = ({name.removeprefix("module."): value for name, value in file["model"][net].items()} for net in ("netG", "netD", "netC"))
         own = {"nf": len(g["fc.weight"]) // 128, "size": 4 * 2 ** len({name.split(".")[1] for name in g if name.startswith("GBlocks.")}),
                "output": "one-way", "fusion": "dfblock"}
-        G, D, opt_g, opt_d = make(own["nf"], own["size"], first.lr_g, first.lr_d)
+        G, D, opt_g, opt_d = make(own["nf"], own["size"], flags.lr_g, flags.lr_d)
         for net, weights, opt, saved in ((G, g, opt_g, "optimizer_G"), (D, d | c, opt_d, "optimizer_D")):
             # conv_s of equal widths lies in the file too, used nowhere; Adam numbers its moments in the file's order
             net.load_state_dict({name: weights[name] for name in net.state_dict()})
@@ -367,14 +367,14 @@ def released(first):
             if any(state[i]["exp_avg"].shape != p.shape for i, p in enumerate(net.parameters())):
                 raise ValueError("moments of other parameters")
             opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
-        about = f"{first.init}, epoch {file['epoch']}"
+        about = f"{flags.init}, epoch {file['epoch']}"
     except FileNotFoundError:
-        raise common.UserError(f"{first.init} does not exist; --init takes a released state_epoch_*.pth") from None
+        raise common.UserError(f"{flags.init} does not exist; --init takes a released state_epoch_*.pth") from None
     except Exception:     # whatever a damaged or other file makes of torch and the layers
-        raise common.UserError(f"{first.init} is no released DF-GAN checkpoint, or is damaged; --init takes a state_epoch_*.pth") from None
-    encoder, note = common.text_encoder("damsm", first.data, first.root, "cpu", first.text_encoder)
+        raise common.UserError(f"{flags.init} is no released DF-GAN checkpoint, or is damaged; --init takes a state_epoch_*.pth") from None
+    encoder, note = common.text_encoder("damsm", flags.data, flags.root, "cpu", flags.text_encoder)
     print(f"G and D: {about}, nf {own['nf']}, {own['size']} px")
-    return {"kind": "dfgan", "args": {**common.plain(first), **own, "data": data.source(first.data)}, "step": 0, "rows": [], "total": torch.zeros(6),
+    return {"kind": "dfgan", "args": {**common.plain(flags), **own, "data": data.source(flags.data)}, "step": 0, "rows": [], "total": torch.zeros(6),
             "random": common.random_state(), "pictures": None, "text_note": note, "text_encoder": encoder.state_dict(),
             "G": G.state_dict(), "D": D.state_dict(), "ema": AveragedModel(G, use_buffers=True).state_dict(),
             "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict()}
@@ -452,10 +452,10 @@ def main(argv=None):
     g.add_argument("--output", choices=["one-way", "two-way"], default="one-way", help="ablation of D's output (default: one-way)")
     g.add_argument("--penalty", choices=["ma", "real", "none"], default="ma",
                    help="ablation of MA-GP: on pictures and text, on pictures alone, none (default: ma)")
-    g.add_argument("--fusion", choices=["dfblock", "affine"], default="dfblock", help="ablation: one affine (default: dfblock)")
-    g.add_argument("--init", metavar="FILE", type=os.path.realpath, help="begin with a released state_epoch_*.pth")
+    g.add_argument("--fusion", choices=["dfblock", "affine"], default="dfblock", help="ablation: one affine a DFBlock (default: dfblock, two)")
+    g.add_argument("--init", metavar="FILE", type=os.path.realpath, help="begin with a released state_epoch_*.pth; needs --text-encoder")
     s.add_argument("--truncation", type=number(float, 0, 10), metavar="T",
-                   help="T times noise cut at +-2 (released evaluation: 0.88; default: whole, as in training)")
+                   help="T times noise cut at +-2 (released evaluation: 0.88; default: N(0, 1), as in training)")
     args, state = common.parse(p, TOY, FIXED, argv, begin=released)
     if args.truncation is not None and not (args.sample or args.interpolate or args.evaluate):
         raise common.UserError("--truncation says how to draw; add --sample, --interpolate or --evaluate")
