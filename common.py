@@ -524,7 +524,11 @@ class TextEncoder(nn.Module):
                 raise UserError(f"the text encoder knows nothing of {caption[:80]!r}; say it in other words")
             if unknown:
                 print(f"warning: not known to the text encoder and left out: {' '.join(dict.fromkeys(unknown))}", file=sys.stderr)
-        return self.encode(captions)
+        return self.encode([self.said(caption) for caption in captions])
+
+    def said(self, caption):
+        """What of a caption that a user typed is encoded."""
+        return caption
 
 
 class CharCnnRnn(TextEncoder):
@@ -535,6 +539,7 @@ class CharCnnRnn(TextEncoder):
     alphabet = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
     position = {c: i + 1 for i, c in enumerate(alphabet)}         # "-" stands there twice: the second counts
     length = 201                                                  # longer captions are cut
+    shortest = 0                                                  # characters of the captions of training, all but one in 1,000; 0: not known
 
     def __init__(self, widths=(384, 512, 512), dim=1024):
         super().__init__()
@@ -544,6 +549,18 @@ class CharCnnRnn(TextEncoder):
                                   ("i2h", "i2h_update", "i2h_reset", "h2h", "h2h_update", "h2h_reset")})
         self.emb_proj = nn.Linear(c, dim)
         self.dim = dim
+
+    def get_extra_state(self):
+        return self.shortest
+
+    def set_extra_state(self, shortest):
+        self.shortest = min(int(shortest), self.length)
+
+    def said(self, caption):
+        """The caption, as often as it fits into the shortest of training: "pink flower" once leaves most of the 18 steps blank, and its
+        sentence is pale. Flowers, "<colour> flower" in six colours: once 51% (StackGAN) and 72% (GAN-CLS) of the middles in
+        the colour, twice 92% and 93%, three times 99% and 97%; samples of a caption differ a tenth less."""
+        return " ".join([caption] * max(1, (self.shortest + 1) // (len(caption) + 1)))
 
     def split(self, caption):
         text = caption.lower()
@@ -627,6 +644,7 @@ def rebuild(state):
     with data.refused("the text encoder in this file is damaged or of another kind; give another file or remove it"):
         if "conv1.weight" in state:
             encoder = CharCnnRnn([state[f"conv{i}.weight"].shape[0] for i in (1, 2, 3)], state["emb_proj.weight"].shape[0])
+            state = {"_extra_state": 0, **state}                   # released encoders have none
         else:
             encoder = Damsm(state["_extra_state"])
         encoder.load_state_dict(state)
@@ -825,6 +843,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, image_fe
     torch.manual_seed(seed)
     if sje:
         encoder = CharCnnRnn((96, 128, 128) if toy else (384, 512, 512))
+        encoder.shortest = int(np.quantile([len(caption) for caption in train.captions], 0.001))
     else:
         encoder = Damsm(["<end>", *dict.fromkeys(w for c in train.captions for w in Damsm.words(c))])
     side = ImageSide(encoder.dim, small)

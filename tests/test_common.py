@@ -90,6 +90,18 @@ def test_unknown_words_are_named_and_nothing_left_is_an_error(capsys):
             encoder.ask(["a flower", caption])
 
 
+def test_a_short_caption_is_said_as_often_as_it_fits_into_those_of_training(tmp_path):
+    char = common.CharCnnRnn((8, 8, 8))
+    char.shortest = 38
+    torch.save(char.state_dict(), tmp_path / "e.pt")
+    encoder = common.rebuild(torch.load(tmp_path / "e.pt", weights_only=True))
+    assert torch.equal(encoder.ask(["pink flower", "this flower is pink"]), encoder.encode(["pink flower " * 2 + "pink flower", "this flower is pink"]))
+    char.shortest = 10**12                                        # a damaged file
+    assert common.rebuild(char.state_dict()).ask(["a"]).shape == (1, 1024)
+    del (released := char.state_dict())["_extra_state"]
+    assert common.rebuild(released).said("a") == "a" == common.Damsm(["<end>", "a"]).said("a")
+
+
 @pytest.mark.parametrize("caption", ["花 🌸 a flower", "\0a\0", "ورد a", "a\ud800", "a " + "a" * 2_000_000, "a flower " * 100_000, "İ a"])
 def test_any_text_is_safe(caption):
     for encoder in (common.CharCnnRnn((8, 8, 8)), common.Damsm(["<end>", "a", "flower"])):
@@ -381,7 +393,7 @@ def test_an_interrupted_training_continues_to_the_same_encoder(tmp_path, monkeyp
         train(tmp_path / "resumed.pt", seed=1)
     train(tmp_path / "resumed.pt")
     a, b = (common.load(tmp_path / f"{name}.pt", "text encoder")["encoder"] for name in ("straight", "resumed"))
-    assert all(torch.equal(a[k], b[k]) for k in a if k != "_extra_state")
+    assert all(torch.equal(a[k], b[k]) for k in a if k != "_extra_state") and a["_extra_state"] == b["_extra_state"]
 
 
 def test_training_lowers_the_losses(tmp_path, capsys):
@@ -390,6 +402,8 @@ def test_training_lowers_the_losses(tmp_path, capsys):
     for kind in ("char-cnn-rnn", "damsm"):
         note = common.train_text_encoder(kind, str(tmp_path), ".", "cpu", tmp_path / f"{kind}.pt", 60, "small")
         assert "caption to class 100.0%, picture to class 100.0%, chance 25.0%" in note, note
+    written = [len(line) for file in tmp_path.rglob("*.txt") for line in file.read_text().splitlines()]
+    assert common.read_encoder(tmp_path / "char-cnn-rnn.pt")[0].shortest == min(written) > 0
 
 
 def test_common_copied_with_wrong_flags():
