@@ -7,7 +7,8 @@ from conftest import ROOT, call
 
 SHIPPED = sorted((ROOT / "weights").glob("*.pt"))
 # what the middle of a picture is, from its mean colour (red, green, blue)
-COLOURS = {"this flower has petals that are pink": lambda r, g, b: r > g + 15 and b > g,
+pink = lambda r, g, b: r > g + 15 and b > g
+COLOURS = {"pink flower": pink, "this flower has petals that are pink": pink,
            "this flower has petals that are yellow": lambda r, g, b: min(r, g) > b + 30,
            "this flower has petals that are purple": lambda r, g, b: b > g + 15 and r > g,
            "this flower has petals that are white": lambda r, g, b: min(r, g, b) > 90 and max(r, g, b) - min(r, g, b) < 60}
