@@ -13,7 +13,7 @@ G draws a picture from noise z and a sentence embedding t; D sees a picture and 
     python gan_cls.py --data flowers --style photo.jpg --sample "pink flower"
 
 Toy: petal colour right in 93 to 96% of samples for held-out captions (three seeds, chance 12%), 4 minutes, 2 CPU cores, torch 2.15.
-Oxford-102 with --ngf 48 --ndf 48 --captions-per-image 1 --bf16: 51 epochs in an hour of 2 cores, colours follow unseen captions.
+Oxford-102: weights/gan_cls.pt, 65 minutes of one core, FID 183.8 of 3,000 pictures at 64 px; see weights/README.md.
 """
 import math
 import sys
@@ -323,18 +323,17 @@ def evaluate(args, state):
 def style_encoder(args, G, encoder, state):
     """S of a finished G, trained now if need be, and reported by the paper's measure of disentangling."""
     import hashlib
-    from pathlib import Path
     import common
     import data
+    path = args.run / "style.pt"
     torch.manual_seed(0)             # S depends on G and the steps alone: --seed is the noise's here
     S = StyleEncoder(state["args"]["ndf"]).to(args.device, memory_format=torch.channels_last)
-    weights = b"".join(p.cpu().contiguous().numpy().tobytes() for p in G.parameters())
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in G.parameters())
     mark = [args.style_steps, hashlib.sha256(weights).hexdigest()]                               # another G needs another S
-    for path in (Path(__file__).with_name("weights") / "gan_cls.style", args.run / "style.pt"):
-        if path.exists() and (done := common.load(path, "gan_cls style"))["mark"] == mark:
-            S.load_state_dict(done["S"])
-            print(done["note"])
-            return S.eval(), done["note"]
+    if path.exists() and (done := common.load(path, "gan_cls style"))["mark"] == mark:
+        S.load_state_dict(done["S"])
+        print(done["note"])
+        return S.eval(), done["note"]
     dataset, unseen = (data.load(state["args"]["data"], split, SIZE, args.root) for split in ("train", "test"))
     sentences, opt = common.embeddings(encoder, dataset), torch.optim.Adam(S.parameters(), 2e-4, betas=(0.5, 0.999))
     with data.Progress(args.style_steps * 64, "style encoder") as bar:
@@ -348,7 +347,7 @@ def style_encoder(args, G, encoder, state):
             opt.step()
             bar.step(64, f"loss {loss.item() / NZ:.3f} a dimension" if step % 10 == 0 else None)
     note = style_report(S.eval(), G, sentences, unseen, args.device)
-    common.save(args.run / "style.pt", {"kind": "gan_cls style", "S": S.state_dict(), "mark": mark, "note": note})
+    common.save(path, {"kind": "gan_cls style", "S": S.state_dict(), "mark": mark, "note": note})
     print(note)
     return S, note
 

@@ -14,6 +14,7 @@ Stage I sketches 64 px from noise z and a sentence embedding t; Stage II reads s
 
 Toy: petal colour right in 87 to 91% of samples for held-out captions (three seeds, chance 12%), Stage I in 3.6 minutes, Stage II at
 128 px in 10 more, 2 CPU cores, torch 2.15.
+Oxford-102: weights/stackgan.pt, Stage I, 42 minutes of one core, FID 91.4 of 3,000 pictures at 64 px; see weights/README.md.
 """
 import math
 import sys
