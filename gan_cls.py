@@ -13,7 +13,7 @@ G draws a picture from noise z and a sentence embedding t; D sees a picture and 
     python gan_cls.py --data flowers --style photo.jpg --sample "pink flower"
 
 Toy: petal colour right in 93 to 96% of samples for held-out captions (three seeds, chance 12%), 4 minutes, 2 CPU cores, torch 2.15.
-Oxford-102: weights/gan_cls.pt, 65 minutes of one core, FID 183.8 of 3,000 pictures at 64 px; see weights/README.md.
+Oxford-102: weights/gan_cls.pt, about 65 minutes of one core, FID 183.8 of 3,000 pictures at 64 px; see weights/README.md.
 """
 import math
 import sys
