@@ -549,7 +549,7 @@ def of_other_classes(by_class, count, label, k, rng):
 
 class Batch(NamedTuple):
     images: torch.Tensor      # (B, 3, S, S) in [-1, 1], randomly cropped and flipped
-    wrong: torch.Tensor       # (B, 3, S, S) images, or (B, k) captions, of another class
+    wrong: torch.Tensor       # as `wrong` of Batches says: (B, 3, S, S) images or (B, k) captions
     captions: torch.Tensor    # (B, k) numbers into dataset.captions
     classes: torch.Tensor     # (B,)
 

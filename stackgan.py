@@ -360,10 +360,15 @@ def first_stage(state, device):
     return G1.module.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
+def steps(state, stage):
+    """How long a stage of a checkpoint was trained; once Stage II has begun, the log knows it of Stage I."""
+    return state["step"] if stage >= state["stage"] else max((row["step"] for row in state["rows"] if row["stage"] == 1), default=0)
+
+
 def finished(state, device="cpu", stage=2):
     """A painter (noise, t) -> pictures of each stage, and the text encoder, of a checkpoint; prints where they come from."""
     import common
-    print(f"trained on {state['args']['data']}, {state['step']} steps of Stage {'I' * min(stage, state['stage'])}; "
+    print(f"trained on {state['args']['data']}, {steps(state, stage)} steps of Stage {'I' * min(stage, state['stage'])}; "
           f"text encoder: {state['text_note']}")
     G1, G2 = first_stage(state, device), None
     if stage == state["stage"] == 2:
@@ -418,8 +423,7 @@ def evaluate(args, state):
     has, stage = state["args"], args.stage or state["stage"]
     if stage > state["stage"]:
         raise common.UserError(f"the run in {args.run} has no Stage II yet; leave out --stage 2, or train it first")
-    if stage < state["stage"]:                                     # the log knows how long Stage I was trained
-        state = {**state, "step": max((row["step"] for row in state["rows"] if row["stage"] == 1), default=0)}
+    state = {**state, "step": steps(state, stage)}
     paint, encoder = finished(state, args.device, stage)
     size = 64 if stage == 1 else has["size"]
     with torch.device("meta"):                                     # to be counted, not to be run
