@@ -1,239 +1,227 @@
-"""DF-GAN: A Simple and Effective Baseline for Text-to-Image Synthesis. Tao, Tang, Wu, Jing, Bao, Xu; CVPR 2022 (arXiv 2008.05865).
+"""DF-GAN: A Simple and Effective Baseline for Text-to-Image Synthesis. Tao et al., CVPR 2022 (arXiv
+2008.05865).
 
-One generator draws at full size; noise z and sentence embedding e reach every block of it.
-    DFBlock  affine, leaky ReLU, affine, leaky ReLU; the affines' scale and shift come from (z, e)        (section 3.4)
-    MA-GP    the gradient of D at real pictures with matching text, with respect to both, is penalised    (section 3.3)
-    one-way  D gives one score for picture and text together, none for the picture alone                  (section 3.3)
+One generator draws the image at full size from noise z and the sentence embedding e.
+    DFBlock  two affine transformations of (z, e), each with an activation             (section 3.4)
+    MA-GP    penalty on the gradient of D at real images with their captions           (section 3.3)
+    one-way  D gives one score of image and caption together                           (section 3.3)
 
-    python dfgan.py                                              toy data, no download, minutes on a CPU
-    python dfgan.py --data cub --epochs 600                      CUB; the same command again continues
-    python dfgan.py --data cub --sample "a small yellow bird" "a red bird"      (--truncation 0.88 as in the released evaluation)
-    python dfgan.py --data cub --interpolate "a yellow bird" "a blue bird"                 (--noise moves the noise)
-    python dfgan.py --data cub --evaluate                        FID, R-precision, diversity, and how they were measured
-    python dfgan.py --data cub --init state_epoch_1220.pth --text-encoder text_encoder200.pth       goes on with a released model
-
-Toy: petal colour right in 88 to 90% of samples for held-out captions (three seeds, chance 12%), 8.5 minutes, 2 CPU cores, torch 2.15.
-Oxford-102 with --size 64 --nf 16 --batch-size 16 --bf16: 26 epochs in 70 minutes of 1 core, FID 157 at 64 px; it is weights/dfgan.pt.
+    python dfgan.py                                      # toy data, minutes on a CPU
+    python dfgan.py --data cub --epochs 600              # CUB; run again to resume
+    python dfgan.py --data cub --sample "a small yellow bird" "a red bird"
+    python dfgan.py --data cub --interpolate "a yellow bird" "a blue bird"
+    python dfgan.py --data cub --evaluate
+    python dfgan.py --data cub --init state_epoch_1220.pth --text-encoder text_encoder200.pth
 """
+import argparse
+import copy
 import math
-import os
 import sys
+import time
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-NZ, NE = 100, 256   # noise z; sentence embedding e (DAMSM)
+try:
+    import common
+    import data
+except ModuleNotFoundError:    # networks, losses and steps need torch only
+    common = data = None
+
+NZ, NE = 100, 256    # noise z; sentence embedding e (DAMSM)
 
 
-# ---------------------------------------------------------------------------------------------------- networks
-# Parameters bear the released names, so that released checkpoints load. B pictures of S x S pixels.
-
-def widths(nf, size):
-    """Channels from S x S down to 4 x 4: nf, 2 nf, 4 nf, then 8 nf throughout."""
-    return [nf * min(2 ** i, 8) for i in range(int(math.log2(size)) - 1)]
-
+# ---- Networks: parameters have the released names, so that released checkpoints load
 
 class Affine(nn.Module):
-    """gamma(c) * x + beta(c) a channel, gamma and beta two-layer perceptrons of c = (z, e); begins as the identity."""
+    """gamma(c) x + beta(c) of channels x (B, a, s, s); two MLPs of c = (z, e), initially identity."""
 
     def __init__(self, channels):
         super().__init__()
-        for name, start in (("fc_gamma", nn.init.ones_), ("fc_beta", nn.init.zeros_)):
-            net = nn.Sequential(OrderedDict(linear1=nn.Linear(NZ + NE, channels), relu=nn.ReLU(inplace=True),
-                                            linear2=nn.Linear(channels, channels)))
-            nn.init.zeros_(net.linear2.weight), start(net.linear2.bias)
-            self.add_module(name, net)
+        for name, bias in (("fc_gamma", 1.0), ("fc_beta", 0.0)):
+            mlp = nn.Sequential(OrderedDict(
+                linear1=nn.Linear(NZ + NE, channels), relu=nn.ReLU(inplace=True),
+                linear2=nn.Linear(channels, channels)))
+            nn.init.zeros_(mlp.linear2.weight)
+            nn.init.constant_(mlp.linear2.bias, bias)
+            self.add_module(name, mlp)
 
     def forward(self, x, c):
-        return torch.addcmul(self.fc_beta(c)[:, :, None, None], self.fc_gamma(c)[:, :, None, None], x)
+        gamma, beta = self.fc_gamma(c)[:, :, None, None], self.fc_beta(c)[:, :, None, None]
+        return torch.addcmul(beta, gamma, x)
 
 
 class DFBlock(nn.Module):
-    """Affine, leaky ReLU, twice (section 3.4); once for the ablation. Paper's figure: ReLU; released code: leaky, 0.2; we
-    follow the code."""
+    """Affine, activation, affine, activation. Figure: ReLU; released code, as here: leaky ReLU."""
 
-    def __init__(self, channels, fusion="dfblock"):
+    def __init__(self, channels):
         super().__init__()
-        self.affine0 = Affine(channels)
-        self.affine1 = Affine(channels) if fusion == "dfblock" else None
+        self.affine0, self.affine1 = Affine(channels), Affine(channels)
 
     def forward(self, x, c):
         x = F.leaky_relu(self.affine0(x, c), 0.2, inplace=True)
-        return x if self.affine1 is None else F.leaky_relu(self.affine1(x, c), 0.2, inplace=True)
+        return F.leaky_relu(self.affine1(x, c), 0.2, inplace=True)
 
 
-def up_conv(x, conv):
-    """conv(nearest upsampling of x by 2) for a 3x3 conv: exactly one transposed convolution, with a quarter of the places and
-    4x4 for 3x3 weights, 2.25 times less work. Each of its weights is the sum of those that meet the same pixel of x."""
-    if len(x) * x.shape[2] * x.shape[3] < 512:      # so few places that the larger weights cost more (CPU: up to 5 times)
-        return conv(F.interpolate(x, scale_factor=2.0))
-    weight = F.avg_pool2d(conv.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)         # (out, in, 4, 4)
-    return F.conv_transpose2d(x, weight.transpose(0, 1), conv.bias, 2, 1)
+class NearestUpConv(nn.Conv2d):
+    """Nearest upsampling by 2 and a 3x3 convolution: super().forward(F.interpolate(x, None, 2)).
+
+    Written as one transposed convolution: 2.25 times fewer FLOPs. Each of its 4x4 weights is the
+    sum of the 3x3 weights that meet the same pixel of x."""
+
+    def forward(self, x):
+        if x.shape[2] < 8:    # few pixels: larger weights cost more than they save
+            return super().forward(F.interpolate(x, scale_factor=2.0))
+        weight = F.avg_pool2d(self.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)
+        return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, 1)
 
 
-class GBlock(nn.Module):
-    """(B, cin, s, s) -> (B, cout, 2s, 2s): upsample, then two of (DFBlock, 3x3), with a shortcut.
+def upsample(x):
+    """Same as F.interpolate(x, scale_factor=2.0), which autocast would run in float32."""
+    b, c, h, w = x.shape
+    x = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
+    return x.reshape(b, c, 2 * h, 2 * w).contiguous(memory_format=torch.channels_last)
 
-    The first DFBlock and the shortcut's 1x1 act on each pixel alone: before the upsampling, with a quarter of the pixels,
-    they do the same."""
 
-    def __init__(self, cin, cout, fusion):
+class UpBlock(nn.Module):
+    """x (B, a, s, s), c (B, 356) -> (B, b, 2s, 2s): upsample, then twice DFBlock and convolution,
+    with a shortcut. The first DFBlock and the 1x1 convolution of the shortcut act on single pixels:
+    before the upsampling they give the same result with a quarter of the work."""
+
+    def __init__(self, a, b):
         super().__init__()
-        self.c1, self.c2 = nn.Conv2d(cin, cout, 3, 1, 1), nn.Conv2d(cout, cout, 3, 1, 1)
-        self.fuse1, self.fuse2 = DFBlock(cin, fusion), DFBlock(cout, fusion)
-        self.c_sc = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.c1, self.c2 = NearestUpConv(a, b, 3, 1, 1), nn.Conv2d(b, b, 3, 1, 1)
+        self.fuse1, self.fuse2 = DFBlock(a), DFBlock(b)
+        self.c_sc = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
 
     def forward(self, x, c):
-        h = up_conv(self.fuse1(x, c), self.c1)                                                  # (B, cout, 2s, 2s)
-        return F.interpolate(self.c_sc(x), scale_factor=2.0) + self.c2(self.fuse2(h, c))
+        h = self.c1(self.fuse1(x, c))    # (B, b, 2s, 2s)
+        return upsample(self.c_sc(x)) + self.c2(self.fuse2(h, c))
+
+
+def channels(nf, size):
+    """Channels from size x size down to 4 x 4: nf, 2 nf, 4 nf, 8 nf, 8 nf, ..."""
+    if size not in (32, 64, 128, 256, 512):
+        raise ValueError(f"size {size} is not 32, 64, 128, 256 or 512")
+    return [nf * min(2 ** i, 8) for i in range(int(math.log2(size)) - 1)]
 
 
 class Generator(nn.Module):
-    """z (B, 100), e (B, 256) -> pictures (B, 3, S, S) in [-1, 1], S a power of two from 32. Figure 2, left."""
+    """z (B, 100), e (B, 256) -> images (B, 3, S, S) in [-1, 1]. Figure 2, left."""
 
-    def __init__(self, nf=32, size=256, fusion="dfblock"):
+    def __init__(self, nf=32, size=256):
         super().__init__()
-        w = widths(nf, size)[::-1]
-        self.fc = nn.Linear(NZ, w[0] * 16)
-        self.GBlocks = nn.ModuleList(GBlock(a, b, fusion) for a, b in zip(w, w[1:]))
-        self.to_rgb = nn.Sequential(nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(nf, 3, 3, 1, 1), nn.Tanh())
+        widths = channels(nf, size)[::-1]
+        self.fc = nn.Linear(NZ, widths[0] * 16)
+        self.GBlocks = nn.ModuleList(UpBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.to_rgb = nn.Sequential(
+            nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(nf, 3, 3, 1, 1), nn.Tanh())
 
     def forward(self, z, e):
-        c = torch.cat((z, e), 1)                                                                # (B, 356)
-        x = self.fc(z).view(len(z), -1, 4, 4)                                                   # (B, 8*nf, 4, 4)
+        c = torch.cat((z, e), 1)    # (B, 356)
+        x = self.fc(z).view(len(z), -1, 4, 4)    # (B, 8 nf, 4, 4)
         for block in self.GBlocks:
             x = block(x, c)
-        return self.to_rgb(x)                                                                   # (B, nf, S, S) -> (B, 3, S, S)
+        return self.to_rgb(x)
 
 
-class DBlock(nn.Module):
-    """(B, cin, 2s, 2s) -> (B, cout, s, s): shortcut + gamma * residual, gamma from 0, as released."""
+class DownBlock(nn.Module):
+    """(B, a, 2s, 2s) -> (B, b, s, s): shortcut + gamma residual; gamma, from 0, as released."""
 
-    def __init__(self, cin, cout):
+    def __init__(self, a, b):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1))
-        self.conv_r = nn.Sequential(nn.Conv2d(cin, cout, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True),
-                                    nn.Conv2d(cout, cout, 3, 1, 1, bias=False), nn.LeakyReLU(0.2, inplace=True))
-        self.conv_s = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.conv_r = nn.Sequential(
+            nn.Conv2d(a, b, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.LeakyReLU(0.2, inplace=True))
+        self.conv_s = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
 
     def forward(self, x):
-        # released code: projects, then pools; a 1x1 of the pooled pixels is the same with a quarter of the work
+        # Released code: the 1x1 convolution, then the pooling; the same with 4 times the work
         h = self.conv_r(x)
-        return torch.addcmul(self.conv_s(F.avg_pool2d(x, 2)), self.gamma.to(h.dtype), h)       # a float32 gamma would lift bf16
+        return torch.addcmul(self.conv_s(F.avg_pool2d(x, 2)), self.gamma.to(h.dtype), h)
 
 
 class Discriminator(nn.Module):
-    """features: pictures (B, 3, S, S) -> h (B, 8*nf, 4, 4); score: h, e (B, 256) -> (B,), do they belong together?
-    alone: h -> (B,), for the two-way ablation. Figure 2, right."""
+    """Target-Aware Discriminator: images (B, 3, S, S), e (B, 256) -> scores (B,). Figure 2, right."""
 
-    def __init__(self, nf=32, size=256, output="one-way"):
+    def __init__(self, nf=32, size=256):
         super().__init__()
-        w = widths(nf, size)
+        widths = channels(nf, size)
         self.conv_img = nn.Conv2d(3, nf, 3, 1, 1)
-        self.DBlocks = nn.Sequential(*(DBlock(a, b) for a, b in zip(w, w[1:])))
-        head = lambda channels: nn.Sequential(nn.Conv2d(channels, 2 * nf, 3, 1, 1, bias=False), nn.LeakyReLU(0.2, inplace=True),
-                                              nn.Conv2d(2 * nf, 1, 4, bias=False))
-        self.joint_conv = head(8 * nf + NE)
-        self.alone_conv = head(8 * nf) if output == "two-way" else None
+        self.DBlocks = nn.Sequential(*(DownBlock(a, b) for a, b in zip(widths, widths[1:])))
+        self.joint_conv = nn.Sequential(
+            nn.Conv2d(8 * nf + NE, 2 * nf, 3, 1, 1, bias=False), nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(2 * nf, 1, 4, bias=False))
 
     def features(self, x):
-        if x.shape[-1] < 128:
-            return self.DBlocks(self.conv_img(x))
-        return self.DBlocks[1:](self.first(x))                                                  # (B, 8*nf, 4, 4)
-
-    def first(self, x):
-        """DBlocks[0](conv_img(x)), (B, C, S/2, S/2), without the (B, nf, S, S) between them: with no activation there, two
-        convolutions are one, 3x3 and 4x4 a 6x6. A tenth less time for a step at 256 px on a CPU; nothing gained below 128."""
-        img, block = self.conv_img, self.DBlocks[0]
-        down = block.conv_r[0]
-        inner = F.conv2d(x, F.conv_transpose2d(down.weight, img.weight), down.weight.sum((2, 3)) @ img.bias, 2)    # (B, C, S/2-2, S/2-2)
-        # at the border the 4x4 sees zeros where the 6x6 would see more of img: the outermost rows and columns one after the other
-        rows = down(img(torch.cat((x[:, :, :4], x[:, :, -4:]))))                                # (2B, C, 2, S/2)
-        columns = down(img(torch.cat((x[..., :4], x[..., -4:]))))[:, :, 1:-1]                    # (2B, C, S/2-2, 2)
-        (top, bottom), (left, right) = rows.chunk(2), columns.chunk(2)
-        h = torch.cat((top[:, :, :1], torch.cat((left[..., :1], inner, right[..., 1:]), 3), bottom[:, :, 1:]), 2)
-        h = block.conv_r[1:](h)
-        pooled = F.conv2d(x, F.avg_pool2d(img.weight, 2, 1, padding=1), img.bias, 2, 1)         # (B, nf, S/2, S/2)
-        return torch.addcmul(block.conv_s(pooled), block.gamma.to(h.dtype), h)
+        return self.DBlocks(self.conv_img(x))    # (B, 8 nf, 4, 4)
 
     def score(self, h, e):
-        return self.joint_conv(torch.cat((h, e[:, :, None, None].expand(-1, -1, 4, 4)), 1)).flatten()
+        e = e[:, :, None, None].expand(-1, -1, 4, 4)    # replicated spatially
+        return self.joint_conv(torch.cat((h, e), 1)).flatten()
 
-    def alone(self, h):
-        return self.alone_conv(h).flatten()
-
-
-# ---------------------------------------------------------------------------------------------------- losses
-
-def d_hinge(real, wrong, fake):
-    """E max(0, 1 - D(x, e)) + [E max(0, 1 + D(x, e')) + E max(0, 1 + D(G(z, e), e))] / 2  (section 3.2)."""
-    return F.relu(1 - real).mean() + (F.relu(1 + wrong).mean() + F.relu(1 + fake).mean()) / 2
+    def forward(self, x, e):
+        return self.score(self.features(x), e)
 
 
-def g_hinge(fake):
-    """-E D(G(z, e), e)  (section 3.2)."""
-    return -fake.mean()
+# ---- Losses
+
+def hinge_loss(real, wrong, fake):
+    """E max(0, 1 - D(x, e)) + [E max(0, 1 + D(x, e')) + E max(0, 1 + D(G(z, e), e))] / 2  (3.2)."""
+    return (F.relu(1 - real) + (F.relu(1 + wrong) + F.relu(1 + fake)) / 2).mean()
 
 
-def ma_gp(*grads, k=2, p=6):
-    """MA-GP (section 3.3), from the gradients of D(x, e) with respect to x and e, a row a pair.
+def ma_gp(grad_x, grad_e, k=2, p=6):
+    """MA-GP (section 3.3) of the gradients of D(x, e), (B, ...) each.
 
-    Paper: k E (|grad_x| + |grad_e|)^p; released code: k E (|grad_x|^2 + |grad_e|^2)^(p/2), the norm of both together; we
-    follow the code, which gave every published number. float32: a sixth power. s ** 3: sqrt(s) ** 6 has no gradient at 0."""
-    s = sum(grad.float().square().flatten(1).sum(1) for grad in grads)                         # (B,)
+    Paper: k E (|grad_x| + |grad_e|)^p; released code: k E (|grad_x|^2 + |grad_e|^2)^(p/2); we follow
+    the code, which gave the published numbers. sqrt(s)^6 has a NaN gradient at 0, s^3 has not."""
+    s = sum(grad.float().square().flatten(1).sum(1) for grad in (grad_x, grad_e))    # (B,)
     return k * (s ** (p / 2)).mean()
 
 
-def d_loss(D, real, wrong, fake, e, penalty="ma"):
-    """All that D minimises, and D(real), D(wrong), D(fake), MA-GP beside it: (5,). One graph for torch.compile, which cannot
-    take the gradient of a gradient through torch.autograd.grad, but can through torch.func.grad.
+def d_loss(D, real, fake, e, e_wrong):
+    """Return hinge loss + MA-GP, and for the log [loss, D(real), D(wrong), D(fake), MA-GP].
 
-    real, fake (B, 3, S, S), e (B, 256); wrong (B, 256), sentences that do not fit real: those of the batch moved by one, as
-    released (one may fit by chance), which costs D's head alone. penalty: "ma"; "real", of pictures alone; "none"."""
+    torch.compile differentiates twice through torch.func.grad, not through torch.autograd.grad."""
     def score(x, e):
         h = D.features(x)
         s = D.score(h, e)
         return s.sum(), (h, s)
 
-    if penalty == "none":
-        h, s_real = score(real, e)[1]
-        gp = s_real.new_zeros(())
-    else:
-        grads, (h, s_real) = torch.func.grad(score, (0, 1) if penalty == "ma" else (0,), has_aux=True)(real, e)
-        gp = ma_gp(*grads)
-    s_wrong, h_fake = D.score(h, wrong), D.features(fake)
-    s_fake = D.score(h_fake, e)
-    loss = d_hinge(s_real, s_wrong, s_fake) + gp
-    if D.alone_conv is not None:      # two-way: D also judges pictures alone; the penalty stays with the joint score
-        loss = loss + F.relu(1 - D.alone(h)).mean() + F.relu(1 + D.alone(h_fake)).mean()
-    return loss, torch.stack([v.detach().float() for v in (loss, s_real.mean(), s_wrong.mean(), s_fake.mean(), gp)])
+    grads, (h, s_real) = torch.func.grad(score, (0, 1), has_aux=True)(real, e)
+    s_wrong, s_fake, penalty = D.score(h, e_wrong), D(fake, e), ma_gp(*grads)
+    loss = hinge_loss(s_real, s_wrong, s_fake) + penalty
+    return loss, torch.stack((loss, s_real.mean(), s_wrong.mean(), s_fake.mean(), penalty)).detach()
 
 
-def g_loss(D, fake, e):
-    """All that G minimises. fake (B, 3, S, S) = G(z, e)."""
-    h = D.features(fake)
-    loss = g_hinge(D.score(h, e))
-    return loss if D.alone_conv is None else loss + g_hinge(D.alone(h))
+def g_loss(fake):
+    """-E D(G(z, e), e)  (section 3.2)."""
+    return -fake.mean()
 
 
-# ---------------------------------------------------------------------------------------------------- steps
+# ---- Steps
 
-def d_step(D, opt_d, real, wrong, fake, e, penalty="ma", loss_of=d_loss):
-    """Minimise d_loss over D. real, fake (B, 3, S, S), e (B, 256), wrong (B, 256), e.g. e.roll(1, 0). loss_of: d_loss, or d_loss compiled."""
-    loss, seen = loss_of(D, real, wrong, fake.detach(), e, penalty)
+def d_step(D, opt_d, real, fake, e, e_wrong, loss_function=d_loss):
+    """Update D. real, fake (B, 3, S, S); e, e_wrong (B, 256). Released code: e_wrong is the batch
+    rolled by one, which may fit by chance.
+
+    loss_function: d_loss, compiled or not; double backward compiles only inside one function.
+    Return loss, D(real), D(wrong), D(fake), MA-GP: if D ignores its text, D(wrong) equals D(real)."""
+    loss, stats = loss_function(D, real, fake.detach(), e, e_wrong)
     opt_d.zero_grad()
     loss.backward()
     opt_d.step()
-    return seen      # loss, D(real), D(wrong), D(fake), MA-GP: a D that ignores its text shows in D(wrong)
+    return stats
 
 
-def g_step(D, opt_g, fake, e, loss_of=g_loss):
-    """Minimise g_loss over G. fake = G(z, e) with its graph, the one that D has just learned from."""
-    D.requires_grad_(False)      # it needs none; and autocast then leaves alone the bf16 weights that it kept from before D's step
-    loss = loss_of(D, fake, e)
+def g_step(D, opt_g, fake, e):
+    """Update G. fake = G(z, e) with its graph, the one of D's step; e (B, 256). Return the loss."""
+    D.requires_grad_(False)    # no gradients of D are needed
+    loss = g_loss(D(fake, e))
     opt_g.zero_grad()
     loss.backward()
     opt_g.step()
@@ -241,95 +229,131 @@ def g_step(D, opt_g, fake, e, loss_of=g_loss):
     return loss.detach()
 
 
-def make(nf=32, size=256, lr_g=1e-4, lr_d=4e-4, device="cpu", output="one-way", fusion="dfblock"):
-    """G, D and their optimisers: Adam, betas (0.0, 0.9), 1e-4 and 4e-4 (section 4)."""
-    G, D = (net.to(device, memory_format=torch.channels_last)
-            for net in (Generator(nf, size, fusion), Discriminator(nf, size, output)))
-    return G, D, *(torch.optim.Adam(net.parameters(), lr, betas=(0.0, 0.9)) for net, lr in ((G, lr_g), (D, lr_d)))
+@torch.no_grad()
+def update_ema(ema, G, decay):
+    """Move the average of G's weights: ema += (1 - decay) (G - ema)."""
+    pairs = zip(ema.state_dict().values(), G.state_dict().values())
+    averages, values = zip(*((a, v) for a, v in pairs if a.is_floating_point()))
+    torch._foreach_lerp_(averages, values, 1 - decay)
 
 
-# ---------------------------------------------------------------------------------------------------- train
+def build(nf=32, size=256, lr_g=1e-4, lr_d=4e-4, device="cpu"):
+    """Return G, D and their optimizers: Adam, 1e-4 and 4e-4, betas (0, 0.9) (section 4)."""
+    nets = [net.to(device, memory_format=torch.channels_last)
+            for net in (Generator(nf, size), Discriminator(nf, size))]
+    return *nets, *(torch.optim.Adam(net.parameters(), lr, (0.0, 0.9), fused="cuda" in str(device))
+                    for net, lr in zip(nets, (lr_g, lr_d)))
 
-def train(args, state):
-    import common
-    import data
-    dataset, unseen, encoder, note, sentences = common.prepare(args, state, "damsm", args.size)     # sentences (captions, 256)
-    number, among = common.processes()
-    torch.set_float32_matmul_precision("high")
-    batches = data.Batches(dataset, args.batch_size, args.seed, args.device, wrong="previous", part=(number, among))
+
+# ---- Training
+
+def train(args, checkpoint):
+    """Train, or resume. Write last.pt, log.csv and grids of samples to args.out_dir."""
+    with common.main_process_first():
+        train_set, test_set = (data.load_dataset(args.data, split, args.size, args.root)
+                               for split in ("train", "test"))
+        text_encoder = common.get_text_encoder(
+            "damsm", train_set, args.root, args.device, checkpoint, args.text_encoder,
+            args.encoder_iterations, args.image_features)
+        embeddings = common.embed_captions(text_encoder, train_set)    # (M, 256)
+    batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
+                           1, common.rank(), common.world_size())
     torch.manual_seed(args.seed)
-    G, D, opt_g, opt_d = make(args.nf, args.size, args.lr_g, args.lr_d, args.device, args.output, args.fusion)
-    common.share((G, D), (opt_g, opt_d), args.batch_size)
-    ema = AveragedModel(G, use_buffers=True)
+    G, D, opt_g, opt_d = build(args.nf, args.size, args.lr_g, args.lr_d, args.device)
+    ema = copy.deepcopy(G).eval()
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
-    step, rows, total = 0, [], torch.zeros(6, device=args.device)
-    if state:
-        step, rows, total = common.resume(args, state, parts, dataset)
+    start, history, sums = 0, [], torch.zeros(6)
+    if checkpoint:
+        start, history, sums = (checkpoint[key] for key in ("step", "history", "sums"))
+        for name in parts.keys() & checkpoint.keys():    # --init has no optimizers
+            parts[name].load_state_dict(checkpoint[name])
+    common.average_gradients((G, D), (opt_g, opt_d))
+    loss_function = d_loss
+    if args.compile:
+        print("compiling: the first step takes minutes (--no-compile)", flush=True)
+        G.compile(dynamic=False)
+        D.compile(dynamic=False)
+        loss_function = torch.compile(d_loss, dynamic=False)
 
-    # the fixed grid: unseen captions down, noises across, so that an ignored caption or noise is seen at once
-    side = 8 if args.size <= 128 else 4
-    watch = common.watch(args, unseen, encoder)
-    shown = [unseen.captions[unseen.first[i]] for i in torch.linspace(0, len(unseen) - 1, side).long()]
-    grid = noise(side, args.seed).repeat(side, 1).to(args.device), encoder.encode(shown).repeat_interleave(side, 0)
-
-    def paint(e, seed):
-        return draw(ema, noise(len(e), seed).to(args.device), e)
-
-    def keep(name="last.pt"):
-        common.save(args.run / name, {
-            "kind": "dfgan", "args": common.plain(args), "step": step, "rows": rows, "total": total, "random": common.random_state(),
-            "pictures": dataset.key, "text_note": note, "text_encoder": encoder.state_dict(),
-            **{name: part.state_dict() for name, part in parts.items()}})
-
-    def one_step(G, d_loss, g_loss):     # the functions themselves, or torch.compile of them
-        real, wrong, captions, _ = batches(step)
-        e, wrong = sentences[captions[:, 0]], sentences[wrong[:, 0]]
+    captions = test_set.first_captions(8)    # of the grids: a caption a row, a noise a column
+    grid_text = text_encoder.encode(captions).repeat_interleave(8, 0)
+    grid_noise = sample_noise(8, args.seed).repeat(len(captions), 1)
+    sums, num_steps, saved = sums.to(args.device), args.epochs * len(batches), 0
+    print(f"dfgan: {len(train_set)} images, {args.epochs} epochs of {len(batches)} steps, batch size"
+          f" {args.batch_size}, {args.device}; in {args.out_dir}")
+    bar = data.Progress(num_steps * args.batch_size, "training", done=start * args.batch_size)
+    stop = common.GracefulStop()
+    for step in range(start, num_steps):
+        epoch, batch = divmod(step, len(batches))
+        torch.manual_seed(args.seed * 2**32 + step)    # a resumed run draws the same noise
+        images, captions, _ = batches(step)
+        e = embeddings[captions[:, 0]]
+        z = torch.randn(common.world_size(), len(e), NZ, device=args.device)[common.rank()]
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
-            # one G(z, e) serves both steps, as released
-            fake = G(torch.randn(among, len(e), NZ, device=args.device)[number], e)
-            of_d = d_step(D, opt_d, real, wrong, fake, e, args.penalty, d_loss)
-            return torch.cat((g_step(D, opt_g, fake, e, g_loss)[None], of_d))
+            fake = G(z, e)
+            d_stats = d_step(D, opt_d, images, fake, e, e.roll(1, 0), loss_function)
+            loss_g = g_step(D, opt_g, fake, e)
+        update_ema(ema, G, min(args.ema, (1 + step) / (10 + step)))
 
-    print(f"dfgan on {args.data}: {len(dataset)} pictures at {args.size} px, nf {args.nf}, batch {args.batch_size}, "
-          f"{args.epochs} epochs of {len(batches)} steps, {args.device}, in {args.run}")
-    count, last = args.batch_size, max(args.epochs * len(batches), step)
-    functions = G, d_loss, g_loss
-    if args.compile and step < last:
-        functions = common.compiled(functions, one_step, parts)
-    with common.Stop() as stop, data.Progress(last * count, "", done=step * count) as bar:
-        while not stop.asked() and step < last:
-            epoch = step // len(batches)
-            total += common.mean(one_step(*functions))
-            # a decay of (1 + t) / (10 + t), up to ema: else G's first weights blur its average for epochs
-            ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
-            ema.update_parameters(G)
-            step += 1
-            ended = step % len(batches) == 0
-            if ended or stop.code or step % 10 == 0:
-                now = (total / (step % len(batches) or len(batches))).tolist()
-                common.finite(now[:2], step, args.run)
-                bar.note = "G {:.2f} D {:.2f}  D(real) {:.2f} D(wrong) {:.2f} D(fake) {:.2f} MA-GP {:.3f}".format(*now)
-            bar.label = f"epoch {epoch + 1}/{args.epochs}"
-            bar.step(count)
-            if ended:
-                rows.append(dict(epoch=epoch + 1, step=step, **{k: round(v, 4) for k, v in zip(
-                    ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake", "ma_gp"), now)}, **watch(epoch + 1, paint)))
-                total.zero_()
-                common.epoch_done(args.run, rows, keep, f"epoch_{epoch + 1:04}.png", draw(ema, *grid), side, shown)
-                if step < last:
-                    bar.show()
-        if stop.code:
-            keep()
-            print(f"saved {args.run / 'last.pt'} at step {step}; the same command continues", file=sys.stderr)
-            return stop.code
-    print(f"{step // len(batches)} epochs done: {args.run / 'last.pt'}, grids beside it; more with --epochs")
-    if unseen.traits:
-        common.traits_follow(unseen, encoder, paint)
-    return 0
+        sums += torch.cat((loss_g[None], d_stats))
+        end_of_epoch, stopping = batch + 1 == len(batches), stop.requested()
+        if end_of_epoch or batch % 20 == 19:
+            names = ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake", "ma_gp")
+            means = common.check_finite(dict(zip(names, (sums / (batch + 1)).tolist())), args.out_dir)
+            bar.note = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
+        bar.update(args.batch_size)
+        if end_of_epoch:
+            history.append({"epoch": epoch + 1, **means})
+            sums.zero_()
+            if args.eval_every and (epoch + 1) % args.eval_every == 0:
+                history[-1] |= evaluate(ema, text_encoder, test_set, args)
+        last = stopping or step + 1 == num_steps
+        if last or (end_of_epoch and time.time() - saved > 60):
+            saved = time.time()
+            common.save_grid(args.out_dir / f"epoch_{epoch + 1:04}.png",
+                             generate(ema, grid_noise, grid_text), 8)
+            common.save_log(args.out_dir / "log.csv", history)
+            common.save_checkpoint(args.out_dir / "last.pt", {
+                "kind": "dfgan", "step": step + 1, "history": history, "sums": sums,
+                "args": {name: getattr(args, name) for name in FIXED}, "text_encoder": text_encoder,
+                "text_encoder_description": text_encoder.description, **parts})
+        if stopping:
+            return 128 + stop.signal
+    if args.data == "toy":
+        common.describe(evaluate(ema, text_encoder, test_set, args))
 
 
-def noise(n, seed, truncation=None):
-    """z (n, 100) from N(0, 1); truncation: from N(0, 1) cut at +-2, times truncation (0.88 in the released evaluation)."""
+# ---- Sampling
+
+def load_generator(path, device="cpu"):
+    """Return the EMA of G and the text encoder of a checkpoint (a path, or its content)."""
+    state = path if isinstance(path, dict) else common.load_checkpoint(path, "dfgan")
+    G = Generator(state["args"]["nf"], state["args"]["size"])
+    G.load_state_dict(state["ema"])
+    text_encoder = common.text_encoder_from_state_dict(
+        state["text_encoder"], state["text_encoder_description"])
+    return G.to(device, memory_format=torch.channels_last).eval(), text_encoder.to(device)
+
+
+def load_released(path, text_encoder, args):
+    """Return a checkpoint of the authors' state_epoch_*.pth, without its optimizers."""
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        G, D, C = ({name.removeprefix("module."): value for name, value in model[net].items()}
+                   for net in ("netG", "netD", "netC"))
+        args.nf = len(G["fc.weight"]) // 128
+        args.size = 4 * 2 ** len({name.split(".")[1] for name in G if name.startswith("GBlocks")})
+        names = Discriminator(args.nf, args.size).state_dict()    # unused layers are left out
+        nets = {"G": G, "ema": G, "D": {name: (D | C)[name] for name in names}}
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise common.UserError(f"--init: {path} is no released DF-GAN ({error})") from None
+    return {"kind": "dfgan", "step": 0, "history": [], "sums": torch.zeros(6), **nets,
+            "args": vars(args), "text_encoder": text_encoder.state_dict(),
+            "text_encoder_description": text_encoder.description}
+
+
+def sample_noise(n, seed=0, truncation=None):
+    """Return z (n, 100) from N(0, 1). truncation T: T times N(0, 1) cut at +-2; released: 0.88."""
     rng = torch.Generator().manual_seed(seed)
     if truncation is None:
         return torch.randn(n, NZ, generator=rng)
@@ -337,132 +361,79 @@ def noise(n, seed, truncation=None):
 
 
 @torch.no_grad()
-def draw(G, z, e, batch=16):
-    """G in eval mode, in bounded memory: z (N, 100), e (N, 256) -> (N, 3, S, S) in [-1, 1] on the CPU."""
-    G.eval()
-    return torch.cat([G(*pair).float().cpu() for pair in zip(z.split(batch), e.split(batch))])
+def generate(G, noise, embeddings):
+    """Return images (N, 3, S, S) in [-1, 1] of noise (N, 100) and embeddings (N, 256)."""
+    noise = noise.to(embeddings.device)
+    return torch.cat([G(z, e) for z, e in zip(noise.split(16), embeddings.split(16))]).float()
 
 
-# ---------------------------------------------------------------------------------------------------- sample
-
-def released(flags):
-    """A checkpoint of ours, at step 0, from --init: {"model": {netG, netD, netC}, "optimizers": {optimizer_G, optimizer_D}},
-    the layout of the released state_epoch_*.pth. flags: as given; width and size are the file's."""
-    import common
-    import data
-    if not flags.text_encoder:
-        raise common.UserError("--init needs the DAMSM encoder that the model was trained with: add --text-encoder text_encoder200.pth")
-    torch.manual_seed(flags.seed)
-    try:
-        file = common.tensors(flags.init)
-        g, d, c = ({name.removeprefix("module."): value for name, value in file["model"][net].items()} for net in ("netG", "netD", "netC"))
-        own = {"nf": len(g["fc.weight"]) // 128, "size": 4 * 2 ** len({name.split(".")[1] for name in g if name.startswith("GBlocks.")}),
-               "output": "one-way", "fusion": "dfblock"}
-        G, D, opt_g, opt_d = make(own["nf"], own["size"], flags.lr_g, flags.lr_d)
-        for net, weights, opt, saved in ((G, g, opt_g, "optimizer_G"), (D, d | c, opt_d, "optimizer_D")):
-            # conv_s of equal widths lies in the file too, used nowhere; Adam numbers its moments in the file's order
-            net.load_state_dict({name: weights[name] for name in net.state_dict()})
-            moments, number = file["optimizers"][saved]["state"], {name: i for i, name in enumerate(weights)}
-            state = {i: moments[number[name]] for i, (name, _) in enumerate(net.named_parameters())}
-            if any(state[i]["exp_avg"].shape != p.shape for i, p in enumerate(net.parameters())):
-                raise ValueError("moments of other parameters")
-            opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
-        about = f"{flags.init}, epoch {file['epoch']}"
-    except FileNotFoundError:
-        raise common.UserError(f"{flags.init} does not exist; --init takes a released state_epoch_*.pth") from None
-    except Exception:     # whatever a damaged or other file makes of torch and the layers
-        raise common.UserError(f"{flags.init} is no released DF-GAN checkpoint, or is damaged; --init takes a state_epoch_*.pth") from None
-    encoder, note = common.text_encoder("damsm", flags.data, flags.root, "cpu", flags.text_encoder)
-    print(f"G and D: {about}, nf {own['nf']}, {own['size']} px")
-    return {"kind": "dfgan", "args": {**common.plain(flags), **own, "data": data.source(flags.data)}, "step": 0, "rows": [], "total": torch.zeros(6),
-            "random": common.random_state(), "pictures": None, "text_note": note, "text_encoder": encoder.state_dict(),
-            "G": G.state_dict(), "D": D.state_dict(), "ema": AveragedModel(G, use_buffers=True).state_dict(),
-            "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict()}
-
-
-def finished(state, device="cpu"):
-    """The EMA generator and the text encoder of a checkpoint; prints where they come from."""
-    import common
-    begun = f"begun with {state['args']['init']}, " if state["args"]["init"] else ""
-    print(f"{begun}trained on {state['args']['data']}, {state['step']} steps; text encoder: {state['text_note']}")
-    G = AveragedModel(Generator(state["args"]["nf"], state["args"]["size"], state["args"]["fusion"]), use_buffers=True)
-    G.load_state_dict(state["ema"])
-    return G.to(device, memory_format=torch.channels_last).eval(), common.rebuild(state["text_encoder"]).to(device)
-
-
-def sample(args, state):
-    """A grid with one row a caption; the columns share their noise. --images: as many files for each caption instead."""
-    import common
-    G, encoder = finished(state, args.device)
-    e = encoder.ask(args.sample)
-    if args.images:
-        # noise of 64 always: a shorter draw has other numbers
-        common.save_images(args.run, args.sample, args.images, args.seed, lambda i, seed, n: draw(
-            G, noise(64, seed, args.truncation)[:n].to(args.device), e[i].expand(n, -1)))
+def sample(args, checkpoint):
+    """Draw a grid: a row a caption. --interpolate: from caption A to B, a row a noise, or with
+    --interpolate-noise from noise to noise, a row a caption. --num-images: files, no grid."""
+    G, text_encoder = load_generator(checkpoint, args.device)
+    captions, n = args.sample or args.interpolate, args.samples_per_caption
+    embeddings = text_encoder.encode_prompts(captions)
+    for caption, t in zip(captions, embeddings if args.num_images else ()):
+        common.save_images(args.out_dir / common.slug([caption]), (
+            generate(G, sample_noise(1, args.seed * 2**20 + i, args.truncation), t[None])
+            for i in range(args.num_images)))
+    if args.num_images:
         return
-    z = noise(args.columns, args.seed, args.truncation).repeat(len(e), 1).to(args.device)
-    print(common.save_grid(args.run / f"sample-{common.slug(args.sample)}-{args.seed}.png",
-                           draw(G, z, e.repeat_interleave(args.columns, 0)), args.columns, args.sample))
+    alphas = torch.linspace(0, 1, n)[:, None]
+    noise = sample_noise(n, args.seed, args.truncation).repeat(len(captions), 1)
+    t = embeddings.repeat_interleave(n, 0)
+    if args.interpolate_noise:
+        noise = torch.lerp(noise[:1], noise[1:2], alphas).repeat(2, 1)
+    elif args.interpolate:
+        noise = sample_noise(4, args.seed, args.truncation).repeat_interleave(n, 0)
+        t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
+    kind = "sample" if args.sample else "noise" if args.interpolate_noise else "captions"
+    path = args.out_dir / f"{kind}-{common.slug(captions)}-{args.seed}.png"
+    common.save_grid(path, generate(G, noise, t), n, captions)
 
 
-def interpolate(args, state):
-    """Sentence A to B over the columns, each row one noise; --noise: noise to noise, a row for each of the sentences."""
-    import common
-    G, encoder = finished(state, args.device)
-    a, b = encoder.ask(args.interpolate)
-    way = torch.linspace(0, 1, args.columns, device=a.device)[:, None]
-    if args.noise:
-        z0, z1 = noise(2, args.seed, args.truncation).to(a.device)
-        z, e = torch.lerp(z0, z1, way).repeat(2, 1), torch.stack((a, b)).repeat_interleave(args.columns, 0)
-    else:
-        z = noise(4, args.seed, args.truncation).to(a.device).repeat_interleave(args.columns, 0)
-        e = torch.lerp(a, b, way).repeat(4, 1)
-    kind = "noise" if args.noise else "sentence"
-    print(common.save_grid(args.run / f"{kind}-{common.slug(args.interpolate)}-{args.seed}.png", draw(G, z, e), args.columns,
-                           args.interpolate))
+def evaluate(G, text_encoder, test_set, args):
+    """Return metrics of --fid-samples images as a dict."""
+    t = common.embed_captions(text_encoder, test_set)
+    batches = common.evaluation_batches(test_set, args.fid_samples)
+    images = (generate(G, sample_noise(len(c), seed, args.truncation), t[c]) for seed, c in batches)
+    groups = (generate(G, sample_noise(8, i, args.truncation), t[i].expand(8, -1)) for i in range(min(50, len(t))))
+    return common.evaluate(images, batches, groups, test_set, args.device,
+                           args.r_precision_encoder)
 
 
-def evaluate(args, state):
-    """FID, R-precision and diversity; common.evaluate prints how they are measured."""
-    import common
-    G, encoder = finished(state, args.device)
-    D = Discriminator(state["args"]["nf"], state["args"]["size"], state["args"]["output"])
-    count = lambda net: sum(p.numel() for p in net.parameters())
-    common.evaluate(args, state, encoder, state["args"]["size"],
-                    lambda e, seed: draw(G, noise(len(e), seed, args.truncation).to(args.device), e),
-                    truncation=args.truncation, parameters_G=count(G), parameters_D=count(D))
+# ---- Command line
 
-
-# ---------------------------------------------------------------------------------------------------- command line
-
-TOY = dict(epochs=18, size=64, nf=8, batch_size=16, lr_g=2e-4, ema=0.99)      # so that a CPU is enough
-FIXED = ("data", "size", "nf", "batch_size", "lr_g", "lr_d", "ema", "output", "penalty", "fusion", "seed", "text_encoder", "init")
+PRESETS = {"toy": dict(epochs=18, size=64, nf=8, batch_size=16, lr_g=2e-4, ema=0.99,
+                       fid_samples=512),
+           "coco": dict(epochs=120)}    # section 4
+FIXED = ("data", "size", "nf", "batch_size", "lr_g", "lr_d", "ema", "seed")
 
 
 def main(argv=None):
-    import common
-    from common import number
-    p, g, s = common.parser("dfgan", __doc__, TOY)
-    g.add_argument("--epochs", type=number(int, 1), metavar="N", default=600, help="default: 600 (section 4, CUB; COCO 120)")
-    g.add_argument("--batch-size", type=number(int, 2), metavar="N", default=32, help="default: 32 (released code)")
-    g.add_argument("--size", type=int, choices=[32, 64, 128, 256, 512], default=256, help="pixels (default: 256, section 4)")
-    g.add_argument("--nf", type=number(int, 1), metavar="N", default=32, help="width of G and D (default: 32, released code; paper: 64)")
-    g.add_argument("--lr-g", type=number(float, 0, 1), metavar="X", default=1e-4, help="default: 0.0001 (section 4)")
-    g.add_argument("--lr-d", type=number(float, 0, 1), metavar="X", default=4e-4, help="default: 0.0004 (section 4)")
-    g.add_argument("--output", choices=["one-way", "two-way"], default="one-way", help="ablation of D's output (default: one-way)")
-    g.add_argument("--penalty", choices=["ma", "real", "none"], default="ma",
-                   help="ablation of MA-GP: on pictures and text, on pictures alone, none (default: ma)")
-    g.add_argument("--fusion", choices=["dfblock", "affine"], default="dfblock", help="ablation: one affine a DFBlock (default: dfblock, two)")
-    g.add_argument("--init", metavar="FILE", type=os.path.realpath, help="begin with a released state_epoch_*.pth; needs --text-encoder")
-    s.add_argument("--truncation", type=number(float, 0, 10), metavar="T",
-                   help="T times noise cut at +-2 (released evaluation: 0.88; default: N(0, 1), as in training)")
-    args, state = common.parse(p, TOY, FIXED, argv, begin=released)
-    if args.truncation is not None and not (args.sample or args.interpolate or args.evaluate):
-        raise common.UserError("--truncation says how to draw; add --sample, --interpolate or --evaluate")
-    does = sample if args.sample else interpolate if args.interpolate else evaluate if args.evaluate else train
-    return does(args, state)
+    parser = argparse.ArgumentParser("dfgan.py", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--epochs", type=int, default=600, help="section 4")
+    add("--batch-size", type=int, default=32, help="released code")
+    add("--size", type=int, choices=[32, 64, 128, 256, 512], default=256, help="section 4")
+    add("--lr-g", type=float, default=1e-4, help="section 4")
+    add("--lr-d", type=float, default=4e-4, help="section 4")
+    add("--nf", type=int, default=32, help="width of G and D (released code; paper: 64)")
+    add("--truncation", type=float, metavar="T", help="of the noise of samples; released: 0.88")
+    add("--init", metavar="FILE", help="begin with a released state_epoch_*.pth")
+    args, checkpoint = common.parse_args(parser, PRESETS, FIXED, argv)
+    if args.init and not checkpoint:
+        if not args.text_encoder:
+            parser.error("--init needs --text-encoder, the DAMSM that the model was trained with")
+        text_encoder = common.load_text_encoder(args.text_encoder)
+        checkpoint = load_released(args.init, text_encoder, args)
+    if args.sample or args.interpolate:
+        return sample(args, checkpoint)
+    if not args.evaluate:
+        return train(args, checkpoint)
+    test_set = data.load_dataset(args.data, "test", args.size, args.root)
+    common.describe(evaluate(*load_generator(checkpoint, args.device), test_set, args))
 
 
 if __name__ == "__main__":
-    from common import guard
-    sys.exit(guard(main))
+    sys.exit(common.run(main) if common else "training and sampling need common.py and data.py")
