@@ -1,11 +1,10 @@
-"""Text encoders and their training, evaluation, and what every training run needs.
+"""Text encoders and their training, evaluation, and what every run needs.
 
-    python common.py --encoder damsm --data flowers    # train a text encoder
-    python common.py --export runs/dfgan-cub/last.pt --out small.pt    # for sampling, in float16
+    python common.py --encoder damsm --data flowers                    # train a text encoder
+    python common.py --export runs/dfgan-cub/last.pt --out small.pt    # for sampling only
 
-char-cnn-rnn  Reed et al., Learning Deep Representations of Fine-grained Visual Descriptions,
-              CVPR 2016: embeddings of 1024 dimensions for gan_cls.py and stackgan.py
-damsm         Xu et al., AttnGAN, CVPR 2018, section 3.2: 256 dimensions for dfgan.py
+char-cnn-rnn: Reed et al., CVPR 2016 (arXiv 1605.05395), 1024-d, for gan_cls.py and stackgan.py
+damsm: AttnGAN, Xu et al., CVPR 2018 (arXiv 1711.10485), 256-d, for dfgan.py
 """
 import argparse
 import contextlib
@@ -27,8 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data import (Batches, Progress, UserError, atomic_write, classify_toy, dataset_id,
-                  load_dataset, load_images, memmap_tensor, sample_other_class)
+import data
+from data import Progress, UserError
 
 
 # ---- Processes of torchrun
@@ -42,10 +41,10 @@ def world_size():
 
 
 def init_distributed(device):
-    """Join the processes of torchrun, if it started this one; return the device of this process."""
+    """Join the processes of torchrun, if any. Return the device of this process."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+    if "LOCAL_RANK" in os.environ:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
@@ -58,7 +57,7 @@ def init_distributed(device):
 
 @contextlib.contextmanager
 def main_process_first():
-    """Run the block on rank 0, then on the others, which find the files that rank 0 has written."""
+    """Run the block on rank 0, then on the others, which find its files."""
     if rank() > 0:
         dist.all_reduce(torch.zeros(1))
     yield
@@ -66,63 +65,48 @@ def main_process_first():
         dist.all_reduce(torch.zeros(1))
 
 
-def average_gradients(nets, optimizers):
-    """Average gradients over the processes before each optimizer step, in one all-reduce.
+def average_gradients(net, optimizer):
+    """Average gradients over the processes before each step, in one all-reduce.
 
     Not DistributedDataParallel: D runs several times a step, and torch.func.grad bypasses its
-    forward. On GPUs batch norm sees the joint batch, on CPUs the share of its process."""
-    def all_reduce(optimizer, args, kwargs):
-        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    forward. Batch norm sees the joint batch on GPUs, its own share on CPUs."""
+    def all_reduce(*_):
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         means = (flat / world_size()).split([g.numel() for g in grads])
         torch._foreach_copy_(grads, [m.view_as(g) for m, g in zip(means, grads)])
 
     if world_size() > 1:
-        for net, optimizer in zip(nets, optimizers):
-            if next(net.parameters()).is_cuda:
-                nn.SyncBatchNorm.convert_sync_batchnorm(net)
-            optimizer.register_step_pre_hook(all_reduce)
-
-
-def gather(x):
-    """Concatenate a tensor over the processes."""
-    if world_size() == 1:
-        return x
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, x.cpu())
-    return torch.cat(parts)
+        optimizer.register_step_pre_hook(all_reduce)
+        if next(net.parameters()).is_cuda:
+            nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 
 # ---- Runs
 
 def run(main):
-    """Run a command line and return its exit status: 2 after a user error, with one line."""
+    """Run a command line; return its exit status, 2 after a UserError."""
     try:
         return main()
     except UserError as error:
         print(f"error: {error}", file=sys.__stderr__)
         return 2
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class GracefulStop:
-    """After Ctrl-C or SIGTERM, `requested` is true in all processes; a second signal exits."""
-    signal = 0
+    """After Ctrl-C or SIGTERM, `requested` is true in all processes."""
 
     def __init__(self):
-        signal.signal(signal.SIGINT, self.handle)
-        signal.signal(signal.SIGTERM, self.handle)
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if self.signal and world_size() == 1:    # torchrun repeats the signal
-            os._exit(128 + number)
         self.signal = number
-        print("\nstopping after this step; again to stop at once", file=sys.stderr)
+        print("\nsaving; run the same command to resume", file=sys.stderr)
+        if world_size() == 1:    # torchrun repeats a signal
+            signal.signal(number, signal.SIG_DFL)    # a second one ends the process
 
     def requested(self):
         if world_size() > 1:
@@ -136,9 +120,8 @@ def save_checkpoint(path, state):
     """Write a dict atomically, on rank 0; of networks and optimizers the state_dict."""
     if rank() == 0:
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
-        with atomic_write(path) as part, open(part, "wb") as file:
+        with data.atomic_write(path) as part, open(part, "wb") as file:
             torch.save(state, file)
-            file.flush()
             os.fsync(file.fileno())
 
 
@@ -146,8 +129,7 @@ def load_checkpoint(path, *kinds):
     """Load a file of `save_checkpoint` whose "kind" is one of kinds. It cannot execute code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["kind"] not in kinds:
-            raise ValueError(f"its kind is {state['kind']}")
+        assert state["kind"] in kinds, state["kind"]
     except Exception as error:
         raise UserError(f"{path} is no {kinds[0]} checkpoint ({str(error)[:99]})") from None
     return state
@@ -156,55 +138,37 @@ def load_checkpoint(path, *kinds):
 def export(source, path):
     """Write what sampling needs of a checkpoint: the EMA of G and the text encoder, in float16."""
     state = load_checkpoint(source, "gan_cls", "stackgan", "dfgan")
-    for name in ("G", "D", "opt_g", "opt_d", "history"):
-        state.pop(name, None)
-    for name in {"ema", "G1", "text_encoder"} & state.keys():
-        for key, value in state[name].items():    # vectors stay float32, for small variances
-            if isinstance(value, torch.Tensor) and value.ndim > 1:
+    for name in ("ema", "G1", "text_encoder"):
+        for key, value in state.get(name, {}).items():
+            if isinstance(value, torch.Tensor) and value.ndim > 1:    # not variances: too small
                 state[name][key] = value.half()
-    state["args"] = {k: Path(v).name if isinstance(v, str) else v for k, v in state["args"].items()}
-    save_checkpoint(path, state)
+    state["args"]["data"] = Path(state["args"]["data"]).name
+    dropped = ("G", "D", "opt_g", "opt_d", "history", "sums")
+    save_checkpoint(path, {k: v for k, v in state.items() if k not in dropped})
 
 
-def save_grid(path, images, columns, captions=()):
-    """Write images (N, 3, S, S) in [-1, 1] as one PNG, `columns` images a row."""
+def save_grid(path, images, columns):
+    """Write images (N, 3, S, S) in [-1, 1] as a PNG with rows of `columns` images."""
     from torchvision.utils import save_image
     if rank() == 0:
-        with atomic_write(path) as part:
-            save_image(images.float(), part, format="png", nrow=columns, normalize=True,
-                       value_range=(-1, 1), padding=2 if columns > 1 else 0)
-        if captions:
-            print(f"captions: {', '.join(map(repr, captions))}\n{path}")
-
-
-def save_images(folder, images):
-    """Write each image of an iterable of (1, 3, S, S) as folder/00000.png ..."""
-    for i, image in enumerate(images):
-        save_grid(folder / f"{i:05}.png", image, 1)
-    print(f"{i + 1} images in {folder}")
+        with data.atomic_write(path) as part:
+            save_image(images, part, "png", nrow=columns, normalize=True, value_range=(-1, 1),
+                       padding=2 if columns > 1 else 0)
 
 
 def save_log(path, history):
     """Write a list of dicts as CSV."""
     if rank() == 0:
-        with atomic_write(path) as part, open(part, "w", newline="") as file:
+        with data.atomic_write(path) as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, {key: None for row in history for key in row})
             writer.writeheader()
             writer.writerows(history)
 
 
-def check_finite(losses, out_dir):
-    """Return a dict of losses; a UserError if one is infinite or NaN."""
-    if not all(map(math.isfinite, losses.values())):
-        raise UserError(f"a loss is not finite: {losses}; {out_dir}/last.pt is from before. Try a "
-                        f"smaller learning rate in another --out-dir")
-    return losses
-
-
 def slug(captions):
     """Return a file name for captions."""
-    digest = hashlib.sha256("\n".join(captions).encode(errors="replace")).hexdigest()
-    return re.sub(r"[^a-z0-9]+", "-", captions[0].lower())[:40].strip("-") + "-" + digest[:8]
+    digest = hashlib.sha256(repr(captions).encode()).hexdigest()[:8]
+    return re.sub("[^a-z0-9]+", "-", captions[0].lower())[:40] + "-" + digest
 
 
 def add_common_args(parser):
@@ -213,7 +177,7 @@ def add_common_args(parser):
     add = parser.add_argument
     add("--data", default="toy", help="toy, flowers, cub, coco or a folder")
     add("--root", default="datasets", help="where flowers, cub and coco are")
-    add("--out-dir", help="directory of the run; default: runs/<script>-<data>")
+    add("--out-dir", help="of the run; default: runs/<script>-<data>")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     add("--seed", type=int, default=0, help="of a new run; of the noise of samples")
     add("--ema", type=float, default=0.999, help="decay of the moving average of G")
@@ -223,10 +187,10 @@ def add_common_args(parser):
     add("--encoder-iterations", type=int, help="of training the text encoder")
     add("--image-features", choices=["inception", "small"], help="that it is trained with")
     add("--eval-every", type=int, default=0, metavar="EPOCHS", help="log metrics; 0: never")
-    add("--sample", nargs="+", metavar="CAPTION", help="draw images, a row a caption")
+    add("--sample", nargs="+", metavar="CAPTION", help="draw a row of images a caption")
     add("--samples-per-caption", type=int, default=8, metavar="N", help="images a row")
-    add("--num-images", type=int, metavar="N", help="with --sample: N files a caption, no grid")
-    add("--interpolate", nargs=2, metavar=("A", "B"), help="draw images from caption A to B")
+    add("--num-images", type=int, default=0, help="with --sample: files a caption, no grid")
+    add("--interpolate", nargs=2, metavar=("A", "B"), help="draw from caption A to B")
     add("--interpolate-noise", action="store_true", help="with --interpolate: noise to noise")
     add("--evaluate", action="store_true", help="print FID and other metrics")
     add("--fid-samples", type=int, default=30000, metavar="N", help="images to evaluate")
@@ -236,39 +200,36 @@ def add_common_args(parser):
 def parse_args(parser, presets, fixed, argv=None):
     """Return the flags and the checkpoint of their run, or None.
 
-    A flag has the value given, else that of the checkpoint if it is in `fixed`, else that of
-    presets[data], else the paper's. A flag that contradicts the checkpoint is an error."""
+    Defaults: of the checkpoint for the names in `fixed`, else of presets[data], else the paper's.
+    A flag that contradicts the checkpoint is an error."""
     script = parser.prog.removesuffix(".py")
     add_common_args(parser)
     args = parser.parse_args(argv)
     training = not (args.sample or args.interpolate or args.evaluate)
-    for flag, other in (("num_images", "sample"), ("interpolate_noise", "interpolate")):
-        if getattr(args, flag) and not getattr(args, other):
-            parser.error(f"--{flag.replace('_', '-')} needs --{other}")
+    if (args.num_images and not args.sample) or (args.interpolate_noise and not args.interpolate):
+        parser.error("--num-images needs --sample, and --interpolate-noise --interpolate")
     out_dir = Path(args.out_dir or f"runs/{script}-{Path(args.data).resolve().name}")
-    path, checkpoint = out_dir / "last.pt", None
-    pretrained = Path(__file__).parent / "weights" / f"{script}.pt"
-    if not training and not (args.out_dir or path.exists()) and pretrained.exists():
-        path, out_dir = pretrained, Path("runs") / f"{script}-weights"
+    path, checkpoint, saved = out_dir / "last.pt", None, {}
+    if not (training or args.out_dir or path.exists()):
+        out_dir = Path(f"runs/{script}-weights")
+        path = Path(__file__).parent / "weights" / f"{script}.pt"
     if path.exists():
         checkpoint = load_checkpoint(path, script)
-        if training and "G" not in checkpoint:
-            parser.error(f"{path} is an exported model, which cannot be trained")
+        saved = {n: checkpoint["args"][n] for n in fixed if training or n != "seed"}
+        print(f"{path}: trained on {saved['data']}, {checkpoint['step']} steps")
     elif not training and not getattr(args, "init", None):
         parser.error(f"{path} does not exist; train first, without --sample or --evaluate")
-
-    saved = checkpoint["args"] if checkpoint else {}
-    fixed = [n for n in fixed if n in saved and (training or n != "seed")]
-    parser.set_defaults(**presets.get(saved.get("data", args.data), {}))
-    parser.set_defaults(**{n: saved[n] for n in fixed})
+    if training and checkpoint and "G" not in checkpoint:
+        parser.error("an exported model cannot be trained")
+    parser.set_defaults(**presets.get(saved.get("data", args.data), {}) | saved)
     args = parser.parse_args(argv)
-    args.data, args.out_dir = dataset_id(args.data), out_dir
-    for n in fixed:
+    args.data, args.out_dir = data.dataset_id(args.data), out_dir
+    for n in saved:
         if getattr(args, n) != saved[n]:
-            parser.error(f"--{n.replace('_', '-')} {getattr(args, n)} contradicts {path}, which has "
-                         f"{saved[n]}; leave it out or give another --out-dir")
+            flag = f"--{n.replace('_', '-')} {getattr(args, n)}"
+            parser.error(f"{flag} contradicts {path}, which has {saved[n]}")
     if "cuda" in args.device and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: CUDA is not available")
+        parser.error("CUDA is not available")
     args.device = init_distributed(args.device)
     if args.batch_size % world_size():
         parser.error(f"--batch-size {args.batch_size} is no multiple of {world_size()} processes")
@@ -277,15 +238,21 @@ def parse_args(parser, presets, fixed, argv=None):
     args.compile = cuda if args.compile is None else args.compile
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True    # shapes are constant
-    if checkpoint:
-        print(f"{path}: trained on {saved['data']}, {checkpoint['step']} steps")
     return args, checkpoint
 
 
 # ---- Text encoders
 
 class TextEncoder(nn.Module):
-    """tokenize(captions) -> (B, T) integers; embed(tokens) -> sentence embeddings (B, dim)."""
+    """tokenize(captions) -> integers (B, T); embed(tokens) -> sentence embeddings (B, dim).
+
+    config: part of the state dict; "description", "vocabulary", "min_prompt_length"."""
+
+    def get_extra_state(self):
+        return self.config
+
+    def set_extra_state(self, config):
+        self.config = config
 
     @torch.no_grad()
     def encode(self, captions):
@@ -294,30 +261,30 @@ class TextEncoder(nn.Module):
         bar = Progress(len(captions), "embedding captions", "captions")
         for i in range(0, len(captions), 256):
             embeddings.append(self.eval().embed(self.tokenize(captions[i:i + 256]).to(device)))
-            if len(captions) > 1000:
-                bar.update(len(embeddings[-1]))
+            bar.update(len(embeddings[-1]))
         return torch.cat(embeddings)
 
     def encode_prompts(self, captions):
-        """Return the embeddings of captions that a user typed; warn of what is unknown."""
+        """Return the embeddings of captions that a user typed; warn of what is unknown.
+
+        A prompt is repeated up to the shortest length of training captions: else most steps of
+        CharCNNRNN see blanks, which they never saw in training."""
         captions = [captions] if isinstance(captions, str) else captions
         for caption in captions:
             parts = self.split(caption)
             unknown = [part for part in parts if part not in self.numbers]
             if len(unknown) == len(parts):
-                raise UserError(f"the text encoder knows no part of the caption {caption[:99]!r}")
+                raise UserError(f"the text encoder knows no part of {caption[:99]!r}")
             if unknown:
-                print(f"warning: unknown to the text encoder: {' '.join(unknown)}", file=sys.stderr)
-        return self.encode([self.repeat_prompt(caption) for caption in captions])
-
-    def repeat_prompt(self, caption):
-        return caption
+                print(f"warning: unknown to the text encoder: {' '.join(unknown)}")
+        n = self.config.get("min_prompt_length", 0) + 1
+        return self.encode([" ".join([c] * max(1, n // (len(c) + 1))) for c in captions])
 
 
 class CharCNNRNN(TextEncoder):
     """Characters -> (B, 1024): three convolutions, a gated recurrence, the mean of its states.
 
-    widths: channels of the convolutions. Parameters have the names of the converted encoders."""
+    widths: of the convolutions. Parameters have the names of the converted encoders."""
     alphabet = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
     numbers = {c: i + 1 for i, c in enumerate(alphabet)}    # "-" occurs twice: the second counts
     length = 201
@@ -327,21 +294,10 @@ class CharCNNRNN(TextEncoder):
         a, b, c = widths
         self.conv1, self.conv2 = nn.Conv1d(70, a, 4), nn.Conv1d(a, b, 4)
         self.conv3 = nn.Conv1d(b, c, 4)
-        self.rnn = nn.ModuleDict({name: nn.Linear(c, c) for name in (
-            "i2h", "i2h_update", "i2h_reset", "h2h", "h2h_update", "h2h_reset")})
+        names = ("i2h", "i2h_update", "i2h_reset", "h2h", "h2h_update", "h2h_reset")
+        self.rnn = nn.ModuleDict({name: nn.Linear(c, c) for name in names})
         self.emb_proj = nn.Linear(c, dim)
-        self.dim, self.min_prompt_length = dim, 0
-
-    def get_extra_state(self):
-        return self.min_prompt_length
-
-    def set_extra_state(self, state):
-        self.min_prompt_length = min(int(state), self.length)
-
-    def repeat_prompt(self, caption):
-        """Repeat a short prompt up to the length of the shortest captions of training: else most
-        recurrent steps see blanks that they never saw in training."""
-        return " ".join([caption] * max(1, (self.min_prompt_length + 1) // (len(caption) + 1)))
+        self.dim, self.config = dim, {}
 
     def split(self, caption):
         return list(caption.lower())
@@ -352,10 +308,10 @@ class CharCNNRNN(TextEncoder):
         return torch.tensor([(row + [0] * self.length)[:self.length] for row in rows])
 
     def embed(self, tokens):
-        x = F.one_hot(tokens, 71)[:, :, 1:].float().transpose(1, 2)             # (B, 70, 201)
-        x = F.max_pool1d(F.threshold(self.conv1(x), 1e-6, 0), 3)                # (B, 384, 66)
-        x = F.max_pool1d(F.threshold(self.conv2(x), 1e-6, 0), 3)                # (B, 512, 21)
-        x = F.threshold(self.conv3(x), 1e-6, 0).transpose(1, 2)                 # (B, 18, 512)
+        x = F.one_hot(tokens, 71)[:, :, 1:].float().transpose(1, 2)    # (B, 70, 201)
+        x = F.max_pool1d(F.threshold(self.conv1(x), 1e-6, 0), 3)       # (B, 384, 66)
+        x = F.max_pool1d(F.threshold(self.conv2(x), 1e-6, 0), 3)       # (B, 512, 21)
+        x = F.threshold(self.conv3(x), 1e-6, 0).transpose(1, 2)        # (B, 18, 512)
         new, update, reset = (self.rnn[name](x) for name in ("i2h", "i2h_update", "i2h_reset"))
         h = total = torch.tanh(new[:, 0])
         for t in range(1, x.shape[1]):
@@ -364,41 +320,39 @@ class CharCNNRNN(TextEncoder):
             # z weighs the candidate: the opposite of torch.nn.GRU
             h = z * torch.tanh(new[:, t] + self.rnn["h2h"](r * h)) + (1 - z) * h
             total = total + h
-        return self.emb_proj(total / x.shape[1])                                # (B, 1024)
+        return self.emb_proj(total / x.shape[1])                       # (B, 1024)
 
 
 class DAMSMTextEncoder(TextEncoder):
     """Words -> features (B, 256, T) and sentence (B, 256), the last states of a bi-LSTM.
 
-    vocabulary: list of words; number 0 is padding. Released code: words of training and test
-    captions; here: of training captions only, as a zero-shot test asks."""
+    vocabulary: list of words; number 0 is padding. Released encoders: words of training and test
+    captions; trained here: of training captions."""
     dim, max_words = 256, 18
 
     def __init__(self, vocabulary):
         super().__init__()
-        self.set_extra_state(vocabulary)
+        self.set_extra_state({"vocabulary": vocabulary})
         self.encoder = nn.Embedding(len(vocabulary), 300)
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         self.drop = nn.Dropout(0.5)
         self.rnn = nn.LSTM(300, 128, batch_first=True, bidirectional=True)
 
-    def get_extra_state(self):
-        return list(self.numbers)
-
-    def set_extra_state(self, vocabulary):
-        self.numbers = {word: i for i, word in enumerate(vocabulary)}
+    def set_extra_state(self, config):
+        self.config = config
+        self.numbers = {word: i for i, word in enumerate(config["vocabulary"])}
 
     @staticmethod
     def split(caption):
         return re.findall(r"\w+", caption.lower())
 
-    def tokenize(self, captions, rng=torch.Generator().manual_seed(0)):
-        """Return word numbers (B, T). Of more than 18 words a random 18 in order.
+    def tokenize(self, captions, rng=None):
+        """Return word numbers (B, T). Of more than 18 words a random 18, in order.
 
         Released code: draws them anew at each use; here a caption is embedded once."""
-        rows = []
+        rng, rows = rng or torch.Generator().manual_seed(0), []
         for caption in captions:
-            row = [self.numbers[word] for word in self.split(caption) if word in self.numbers] or [0]
+            row = [self.numbers[w] for w in self.split(caption) if w in self.numbers] or [0]
             kept = torch.randperm(len(row), generator=rng)[:self.max_words].sort().values
             rows.append(torch.tensor(row)[kept])
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -409,25 +363,22 @@ class DAMSMTextEncoder(TextEncoder):
             self.drop(self.encoder(tokens)), lengths, batch_first=True, enforce_sorted=False)
         words, (h, _) = self.rnn(packed)
         words, _ = nn.utils.rnn.pad_packed_sequence(words, True, total_length=tokens.shape[1])
-        return words.transpose(1, 2), h.transpose(0, 1).flatten(1)              # (B, 256)
+        return words.transpose(1, 2), h.transpose(0, 1).flatten(1)
 
     def embed(self, tokens):
         return self(tokens)[1]
 
 
-def text_encoder_from_state_dict(state, description):
-    """Return a frozen text encoder. The state dict holds its widths and vocabulary."""
-    if "conv1.weight" in state:
-        if "rnn.i2h_update.weight" not in state:
-            raise UserError("Reed's flowers encoder is another network (ReLU recurrence over 8 steps)"
-                            " and cannot be loaded; those of birds and COCO can")
+def text_encoder_from_state_dict(state):
+    """Return a frozen text encoder. The state dict holds its widths or its vocabulary."""
+    if "conv1.weight" not in state:
+        encoder = DAMSMTextEncoder(state["_extra_state"]["vocabulary"])
+    elif "rnn.i2h_update.weight" in state:
         widths = [state[f"conv{i}.weight"].shape[0] for i in (1, 2, 3)]
         encoder = CharCNNRNN(widths, len(state["emb_proj.bias"]))
-        state = {"_extra_state": 0, **state}    # released encoders have none
     else:
-        encoder = DAMSMTextEncoder(state["_extra_state"])
+        raise UserError("Reed's encoder of flowers is another network (ReLU recurrence, 8 steps)")
     encoder.load_state_dict(state)
-    encoder.description = description
     return encoder.eval().requires_grad_(False)
 
 
@@ -436,7 +387,7 @@ def text_encoder_from_state_dict(state, description):
 def joint_embedding_loss(image, text):
     """Symmetric structured joint embedding of one image and text (B, 1024) of each class (Reed et
     al. CVPR 2016, eq. 3-5): max(0, 1 + F(wrong) - F(right)), both ways, F an inner product."""
-    score = image @ text.T                                                      # (B, B)
+    score = image @ text.T    # (B, B)
     right = score.diag()
     loss = F.relu(1 + score - right[:, None]) + F.relu(1 + score - right[None, :])
     return loss.fill_diagonal_(0).mean()
@@ -480,17 +431,14 @@ INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
 
 
 class FIDInception(nn.Module):
-    """The Inception-v3 of the FID, as in pytorch-fid: images (B, 3, H, W) in [-1, 1] -> pooled
-    features (B, 2048) and regions (B, 768, 36).
-
-    AttnGAN uses the 17 x 17 regions; averaged to 6 x 6 their cache is 8 times smaller."""
+    """pytorch-fid's Inception-v3: images (B, 3, H, W) in [-1, 1] -> pooled features (B, 2048),
+    regions (B, 768, 36). AttnGAN has 17 x 17 regions; averaged to 6 x 6 they need 8 times less."""
 
     def __init__(self):
         super().__init__()
         from torchvision.models import inception_v3
         try:
-            weights = torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu",
-                                                         weights_only=True)
+            weights = torch.hub.load_state_dict_from_url(INCEPTION, None, "cpu", weights_only=True)
         except OSError as error:
             raise UserError(f"cannot download {INCEPTION} ({error}); put the file into "
                             f"{torch.hub.get_dir()}/checkpoints") from None
@@ -527,17 +475,12 @@ class FIDInception(nn.Module):
 
 
 def inception_features(dataset, device):
-    """Return pooled features and regions, (N, 2048 + 768 * 36) in float16, of the images at 299 px;
-    cached on disk."""
-    path = Path(f"{dataset.cache}-inception.f16")
-    if not path.exists():
-        net = FIDInception().to(device)
-        with atomic_write(path) as part, open(part, "wb") as file:
-            for images in load_images(dataset.records, 299, "Inception features"):
-                pooled, regions = net(torch.from_numpy(images).to(device).float() / 127.5 - 1)
-                rows = torch.cat((pooled, regions.flatten(1)), 1).half()
-                file.write(rows.cpu().numpy().tobytes())
-    return memmap_tensor(path, (len(dataset), 2048 + 768 * 36), torch.float16)
+    """Return pooled features and regions, (N, 2048 + 768 * 36) in float16, of images at 299 px."""
+    net, rows = FIDInception().to(device), []
+    for images in data.load_images(dataset.records, 299, "Inception features"):
+        pooled, regions = net(torch.from_numpy(images).to(device).float() / 127.5 - 1)
+        rows.append(torch.cat((pooled, regions.flatten(1)), 1).half().cpu())
+    return torch.cat(rows)
 
 
 class ImageEncoder(nn.Module):
@@ -569,14 +512,6 @@ class ImageEncoder(nn.Module):
 
 # ---- Training of the text encoders
 
-def retrieval_accuracy(image, text, image_class, text_class):
-    """Return how often an image (N, D) is closest to the mean text (M, D) of its own class, the
-    measure of Reed et al."""
-    means = text.new_zeros(int(text_class.max()) + 1, text.shape[1])
-    means.index_add_(0, text_class, text).div_(text_class.bincount()[:, None])
-    return ((image @ means.T).argmax(1) == image_class).float().mean().item()
-
-
 @torch.no_grad()
 def fold_batch_norm(encoder, norm, captions):
     """Make the norm behind the last layer part of it, and scale embeddings to a mean square length
@@ -589,65 +524,67 @@ def fold_batch_norm(encoder, norm, captions):
     encoder.emb_proj.weight.div_(rms)
 
 
+def retrieval_accuracy(image, text, image_class, text_class):
+    """Return how often an image (N, D) is closest to the mean text (M, D) of its own class, the
+    measure of Reed et al."""
+    means = text.new_zeros(int(text_class.max()) + 1, text.shape[1])
+    means.index_add_(0, text_class, text).div_(text_class.bincount()[:, None])
+    return ((image @ means.T).argmax(1) == image_class).float().mean().item()
+
+
 def train_text_encoder(kind, name, root, device, path, iterations=None, features=None, seed=0):
     """Train a text encoder on a dataset and save it with its image encoder."""
     toy, sje = name == "toy", kind == "char-cnn-rnn"
     small = features == "small" or (toy and features is None)
-    train_set, test_set = (load_dataset(name, split, 64, root) for split in ("train", "test"))
+    train_set, test_set = (data.load_dataset(name, s, 64, root) for s in ("train", "test"))
     iterations = iterations or (400 if toy else min(max(len(train_set), 300), 3000))
-    if train_set.classes.max() + 1 < 40:    # too few for batches of one image of each class
-        train_set.classes = torch.arange(len(train_set))
     minutes = (iterations * (0.1 if toy else 0.4) + len(train_set) * 0.1 * (not small)) / 60
-    print(f"training {kind} on {len(train_set)} images, {iterations} iterations, about {minutes:.0f} "
-          f"min on a CPU; change with --encoder-iterations and --image-features")
-
+    print(f"training {kind} on {len(train_set)} images, {iterations} iterations, {minutes:.0f} min "
+          f"or so on a CPU (--encoder-iterations, --image-features)", flush=True)
     torch.manual_seed(seed)
     if sje:
         encoder = CharCNNRNN((96, 128, 128) if toy else (384, 512, 512))
-        encoder.min_prompt_length = int(np.quantile([len(c) for c in train_set.captions], 0.001))
+        lengths = [len(caption) for caption in train_set.captions]
+        encoder.config["min_prompt_length"] = int(np.quantile(lengths, 0.001))
     else:
-        words = (word for caption in train_set.captions for word in DAMSMTextEncoder.split(caption))
+        words = (word for c in train_set.captions for word in DAMSMTextEncoder.split(c))
         encoder = DAMSMTextEncoder(["<end>", *dict.fromkeys(words)])
     image_encoder = ImageEncoder(encoder.dim, small)
-    norm = nn.BatchNorm1d(encoder.dim, affine=False)
+    norm = nn.BatchNorm1d(encoder.dim, affine=False) if sje else nn.Identity()
+    nets = nn.ModuleList([encoder, image_encoder, norm]).to(device)
+    # SJE, released code: RMSprop 7e-4 without norms; Adam with norms learns faster
+    lr, decay, betas = (3e-4, 0.02, (0.9, 0.999)) if sje else (2e-3, 0.1, (0.5, 0.999))
     if sje:
         nn.init.zeros_(image_encoder.global_proj.weight)    # F = 0 at any scale of the text
-    nets = nn.ModuleDict({"encoder": encoder, "image_encoder": image_encoder, "norm": norm})
-    nets.to(device)
-    # SJE: released code RMSprop 7e-4 without norms; Adam with norms learns faster
-    lr, decay, betas = (3e-4, 0.02, (0.9, 0.999)) if sje else (2e-3, 0.1, (0.5, 0.999))
     optimizer = torch.optim.Adam(nets.parameters(), lr, betas)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay ** (1 / iterations))
+    rows = {d: None if small else inception_features(d, device) for d in (train_set, test_set)}
 
-    def features_of(dataset, index):
-        x = dataset.center_crop(index) if small else inception_features(dataset, device)[index]
-        return x.to(device).float()
+    def image_features(dataset, index):
+        return (dataset.center_crop(index) if small else rows[dataset][index]).to(device).float()
 
-    batches, rng = Batches(train_set, 48, seed), torch.Generator().manual_seed(seed)
+    batches, rng = data.Batches(train_set, 48, seed), torch.Generator().manual_seed(seed)
     bar = Progress(iterations, f"training {kind}", "iterations")
-    for i in range(iterations):
-        if sje:    # one image of each of 40 classes
-            index = torch.randperm(len(train_set), generator=rng)
-            index = index[np.unique(train_set.classes[index], return_index=True)[1]]
-            index = index[torch.randperm(len(index), generator=rng)[:40]]
-        else:
-            index = torch.randperm(len(train_set), generator=rng)[:48]
+    for _ in range(iterations):
+        index = torch.randperm(len(train_set), generator=rng)
+        if sje and len(batches.class_counts) >= 40:    # one image each of 40 classes
+            first = np.unique(train_set.classes[index], return_index=True)[1]
+            index = index[first][torch.randperm(len(first), generator=rng)]
+        index = index[:40 if sje else 48]
         captions = [train_set.captions[j] for j in batches.sample_captions(index, rng)[:, 0]]
         tokens = encoder.tokenize(captions, rng).to(device)
-        classes = train_set.classes[index].to(device)
         nets.train()
-        whole, regions = image_encoder(features_of(train_set, index))
+        whole, regions = image_encoder(image_features(train_set, index))
         if sje:
             loss = joint_embedding_loss(whole, norm(encoder.embed(tokens)))
         else:
-            words, sentence = encoder(tokens)
+            (words, sentence), classes = encoder(tokens), train_set.classes[index].to(device)
             lengths = (tokens != 0).sum(1).clamp(min=1)
-            loss = word_loss(regions, words, lengths, classes) + sentence_loss(
-                whole, sentence, classes)
+            loss = word_loss(regions, words, lengths, classes)
+            loss = loss + sentence_loss(whole, sentence, classes)
         optimizer.zero_grad()
         loss.backward()
-        if not sje:
-            nn.utils.clip_grad_norm_(encoder.parameters(), 0.25)
+        nn.utils.clip_grad_norm_(encoder.parameters(), math.inf if sje else 0.25)
         optimizer.step()
         scheduler.step()
         bar.note = f"loss {loss.item():.3f}"
@@ -656,35 +593,33 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     nets.eval()
     if sje:
         fold_batch_norm(encoder, norm, train_set.captions)
-    n = min(len(test_set), 2000)
     with torch.no_grad():
-        image = torch.cat([image_encoder(features_of(test_set, index))[0].cpu()
-                           for index in torch.arange(n).split(64)])
-        text = encoder.encode(test_set.captions[:test_set.caption_offsets[n]]).cpu()
-    classes = test_set.classes[:n]
-    owner = classes.repeat_interleave(test_set.caption_offsets[:n + 1].diff())
+        image = torch.cat([image_encoder(image_features(test_set, index))[0]
+                           for index in torch.arange(len(test_set)).split(64)])
+    text, classes = encoder.encode(test_set.captions), test_set.classes.to(device)
     if not sje:
         image, text = F.normalize(image), F.normalize(text)
-    accuracy = retrieval_accuracy(image, text, classes, owner)
-    save_checkpoint(path, {
-        "kind": "text encoder", "data": name, "small": small, "iterations": iterations,
-        "encoder": encoder, "image_encoder": image_encoder, "description":
-        f"{kind} trained here on {Path(name).name}, {iterations} iterations; top-1 retrieval of test "
-        f"classes {accuracy:.1%}, chance {1 / len(classes.unique()):.1%}"})
+    accuracy = retrieval_accuracy(image, text, classes, classes[test_set.caption_owners])
+    chance = 1 / len(classes.unique())
+    encoder.config["description"] = (
+        f"{kind} trained here on {Path(name).name}, {iterations} iterations; retrieval of test "
+        f"classes {accuracy:.1%}, chance {chance:.1%}")
+    save_checkpoint(path, {"kind": "text encoder", "data": name, "small": small, "encoder": encoder,
+                           "iterations": iterations, "image_encoder": image_encoder})
 
 
 # ---- Choice of the text encoder
 
 ATTNGAN = "https://raw.githubusercontent.com/taoxugit/AttnGAN/master/eval/data/"
 ATTNGAN_COCO = "https://huggingface.co/mediasynthesismuseum/attngan-coco/resolve/main/"
-PRETRAINED = {    # released DAMSM encoders: url, sha256
-    "cub": [(ATTNGAN + "text_encoder200.pth",
-             "d7278a9b4801633eb42d43de67cba51746daf5143be532660bf1c15608690c01"),
-            (ATTNGAN + "captions.pickle",
-             "84e9f81218102873b65ab79c265f0a0a370bf38237b0ef5cb175d0f51c00ab68")],
-    "coco": [(ATTNGAN_COCO + "text_encoder100.pth",
-              "24cf394756359d5cf019845396006639813404a9f9c8dd03b0874c694a0842d6"),
-             (ATTNGAN_COCO + "captions.pickle", None)]}
+PRETRAINED = {    # released vocabularies and DAMSM encoders: url, sha256
+    "cub": {ATTNGAN + "captions.pickle":
+            "84e9f81218102873b65ab79c265f0a0a370bf38237b0ef5cb175d0f51c00ab68",
+            ATTNGAN + "text_encoder200.pth":
+            "d7278a9b4801633eb42d43de67cba51746daf5143be532660bf1c15608690c01"},
+    "coco": {ATTNGAN_COCO + "captions.pickle": None,
+             ATTNGAN_COCO + "text_encoder100.pth":
+             "24cf394756359d5cf019845396006639813404a9f9c8dd03b0874c694a0842d6"}}
 
 
 class RestrictedUnpickler(pickle.Unpickler):
@@ -700,17 +635,19 @@ def load_text_encoder(path):
     """Load an encoder.pt, the text encoder of a checkpoint, or a released state dict; a released
     DAMSM needs its captions.pickle beside it."""
     try:
-        state, description = torch.load(path, map_location="cpu", weights_only=True), str(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if "text_encoder" in state:
-            state, description = state["text_encoder"], state["text_encoder_description"]
+            state = state["text_encoder"]
         elif "image_encoder" in state:
-            state, description = state["encoder"], state["description"]
-        elif "encoder.weight" in state:
+            state = state["encoder"]
+        else:
+            state["_extra_state"] = {"description": f"released encoder {path}"}
+        if "encoder.weight" in state and "vocabulary" not in state["_extra_state"]:
             with open(Path(path).with_name("captions.pickle"), "rb") as file:
                 words = RestrictedUnpickler(file, encoding="latin1").load()[2]
-            state["_extra_state"] = [words[i] for i in range(len(words))]
-        return text_encoder_from_state_dict(state, description)
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            state["_extra_state"]["vocabulary"] = [words[i] for i in range(len(words))]
+        return text_encoder_from_state_dict(state)
+    except (OSError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"cannot load the text encoder {path} ({str(error)[:99]})") from None
 
 
@@ -723,21 +660,20 @@ def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None, it
     """Return the frozen text encoder of a run: the checkpoint's, else that of the file `path`, else
     the released one (DAMSM of cub and coco), else the one trained here, now if need be."""
     if checkpoint:
-        return text_encoder_from_state_dict(
-            checkpoint["text_encoder"], checkpoint["text_encoder_description"]).to(device)
-    trained = encoder_path(kind, dataset.name)
+        return text_encoder_from_state_dict(checkpoint["text_encoder"]).to(device)
     if not path and kind == "damsm" and dataset.name in PRETRAINED:
-        for url, sha256 in reversed(PRETRAINED[dataset.name]):
-            path = Path(root, dataset.name, "damsm", url.split("/")[-1])
+        for url, sha256 in PRETRAINED[dataset.name].items():
+            path = Path(root, dataset.name, "damsm", Path(url).name)
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path), sha256)
-    elif not path:
-        found = load_checkpoint(trained, "text encoder") if trained.exists() else {}
+    if not path:
+        path = encoder_path(kind, dataset.name)
+        found = load_checkpoint(path, "text encoder") if path.exists() else {}
         if (found.get("data") != dataset.name or iterations not in (None, found["iterations"])
-                or features not in (None, "small" if found["small"] else "inception")):
-            train_text_encoder(kind, dataset.name, root, device, trained, iterations, features)
-    encoder = load_text_encoder(path or trained)
+                or features == ("inception" if found["small"] else "small")):
+            train_text_encoder(kind, dataset.name, root, device, path, iterations, features)
+    encoder = load_text_encoder(path)
     if encoder.dim != (1024 if kind == "char-cnn-rnn" else 256):
         raise UserError(f"{path} is a {type(encoder).__name__}; this script needs {kind}")
     return encoder.to(device)
@@ -745,7 +681,7 @@ def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None, it
 
 def embed_captions(encoder, dataset):
     """Return the embeddings of all captions of a dataset, (M, dim), cached on disk."""
-    digest = hashlib.sha256("\n".join(dataset.captions).encode(errors="replace"))
+    digest = hashlib.sha256(repr(dataset.captions).encode(errors="replace"))
     for p in encoder.parameters():
         digest.update(p.detach().cpu().numpy().tobytes())
     path = Path(f"{dataset.cache}-embeddings-{digest.hexdigest()[:16]}.pt")
@@ -753,9 +689,9 @@ def embed_captions(encoder, dataset):
         save_checkpoint(path, {"kind": "embeddings", "x": encoder.encode(dataset.captions).cpu()})
     embeddings = load_checkpoint(path, "embeddings")["x"]
     rms = embeddings.square().sum(1).mean().sqrt()
-    print(f"text encoder: {encoder.description}; RMS length of embeddings {rms:.2f}")
-    if isinstance(encoder, CharCNNRNN) and rms > 2:
-        print("encoders trained here have 1: at a larger length G sees less of z beside the text")
+    print(f"text encoder: {encoder.config['description']}; RMS length of embeddings {rms:.2f}")
+    if encoder.dim == 1024 and rms > 2:
+        print("character encoders trained here have 1: at a larger length G sees less of z")
     return embeddings.to(next(encoder.parameters()).device)
 
 
@@ -788,117 +724,104 @@ def inception_score(logits, splits=10):
 def r_precision(image, captions, text, classes):
     """Return how often an image (N, D) is closer, by cosine, to its own caption (N,) than to 99
     captions of other classes (AttnGAN, section 4.1). text (M, D), classes (M,): of all captions."""
-    rng = torch.Generator().manual_seed(0)
-    wrong = sample_other_class(classes.argsort(), classes.bincount(), classes[captions], 99, rng)
+    rng, counts = torch.Generator().manual_seed(0), classes.bincount()
+    wrong = data.sample_other_class(classes.argsort(), counts, classes[captions], 99, rng)
+    candidates = torch.cat((captions[:, None], wrong), 1)    # (N, 100)
     image, text, hits = F.normalize(image), F.normalize(text), 0
-    for x, right, others in zip(image.split(64), captions.split(64), wrong.split(64)):
-        score = torch.einsum("nd,ncd->nc", x, text[torch.cat((right[:, None], others), 1)])
+    for x, numbers in zip(image.split(64), candidates.split(64)):
+        score = torch.einsum("nd,ncd->nc", x, text[numbers])
         hits += (score[:, 0] >= score.amax(1) - 1e-6).sum().item()    # equal captions are right
     return hits / len(image)
 
 
-def attribute_accuracy(images, batches, test_set):
+def attribute_accuracy(images, captions, dataset):
     """Toy: return how often images show the petal colour, centre colour and petal count that their
-    caption names."""
-    owner = torch.arange(len(test_set)).repeat_interleave(test_set.caption_offsets.diff())
+    captions name. images: batches (B, 3, S, S); captions: batches of their numbers."""
     right = {"petal": [], "centre": [], "count": []}
-    for x, (_, captions) in zip(images, batches):
-        for shown, caption in zip(classify_toy(x), captions):
-            attributes = test_set.records[owner[caption]].attributes
+    for x, numbers in zip(images, captions):
+        for shown, i in zip(data.classify_toy(x), numbers):
+            attributes = dataset.records[dataset.caption_owners[i]].attributes
             for name in right:
-                if attributes[name] in test_set.captions[caption]:
-                    right[name].append(float(shown[name] == attributes[name]))
+                if attributes[name] in dataset.captions[i]:
+                    right[name].append(shown[name] == attributes[name])
     return {name: sum(values) / len(values) for name, values in right.items()}
 
 
-def evaluation_batches(dataset, num_samples):
-    """Return [(seed of the noise, numbers of captions (B,))], this process's share: all captions in
-    random order, again from the first up to num_samples."""
+def evaluation_captions(dataset, num_samples):
+    """Return numbers of captions in batches: all in random order, repeated up to num_samples."""
     order = torch.randperm(len(dataset.captions), generator=torch.Generator().manual_seed(0))
-    order = order.repeat(math.ceil(num_samples / len(order)))[:num_samples]
-    return list(enumerate(order.split(64)))[rank()::world_size()]
+    return order.repeat(math.ceil(num_samples / len(order)))[:num_samples].split(64)
 
 
 @torch.no_grad()
-def evaluate(images, batches, groups, test_set, device, r_precision_encoder=None):
-    """Return a dict of metrics of images, an iterable of (B, 3, S, S), one for each of `batches`.
+def evaluate(images, captions, groups, test_set, device, r_precision_encoder=None):
+    """Return metrics of images, batches (B, 3, S, S) of `captions`, as a dict.
 
-    groups: iterable of (8, 3, S, S), 8 samples of one caption each."""
+    groups: batches of 8 samples of one caption."""
     if test_set.name == "toy":    # no download
-        return attribute_accuracy(images, batches, test_set)
-    net, metrics = FIDInception().to(device), {}
+        metrics = attribute_accuracy(images, captions, test_set)
+        print(metrics)
+        return metrics
+    net, encoder = FIDInception().to(device), None
     path = Path(r_precision_encoder or encoder_path("damsm", test_set.name))
-    state = load_checkpoint(path, "text encoder") if path.exists() else None
-    scorer = None
-    if state:
-        scorer = ImageEncoder(256, state["small"]).to(device).eval()
-        scorer.load_state_dict(state["image_encoder"])
+    if path.exists() and len(test_set.captions) >= 200:
+        state = load_checkpoint(path, "text encoder")
+        encoder = ImageEncoder(256, state["small"]).to(device).eval()
+        encoder.load_state_dict(state["image_encoder"])
+    else:
+        print(f"no R-precision: it needs 200 test captions and {path} (python common.py --encoder "
+              f"damsm --data {test_set.name})")
 
-    def features(blocks):
-        pooled, embedded = [], []
-        for x in blocks:
+    def features(batches):
+        pooled, embedded = [], [torch.empty(0)]
+        for x in batches:
             x = ((x.to(device).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1    # as in a PNG
             pooled.append(net(x)[0])
-            if scorer and scorer.small:
-                small = F.interpolate(x, (64, 64), mode="bilinear", antialias=True)
-                embedded.append(scorer(small)[0])
-            elif scorer:
-                embedded.append(scorer.embed(pooled[-1]))
-        return gather(torch.cat(pooled)).cpu(), gather(torch.cat(embedded)).cpu() if scorer else None
+            if encoder and encoder.small:
+                x = F.interpolate(x, (64, 64), mode="bilinear", antialias=True)
+                embedded.append(encoder(x)[0].cpu())
+            elif encoder:
+                embedded.append(encoder.embed(pooled[-1]).cpu())
+        return torch.cat(pooled), torch.cat(embedded)
 
     fake, image = features(images)
     real, _ = features(test_set.center_crop(i) for i in torch.arange(len(test_set)).split(64))
-    metrics["fid"] = frechet_distance(*mean_and_cov(real), *mean_and_cov(fake))
+    print(f"FID of {len(fake)} images against {len(real)} real test images of {test_set.size} px"
+          + ("; too few to mean much" if min(len(fake), len(real)) < 500 else ""))
+    metrics = {"fid": frechet_distance(*mean_and_cov(real), *mean_and_cov(fake))}
     if net.head:
-        metrics["inception_score"] = inception_score(net.head.cpu()(fake))
-    groups = [net(x.to(device))[0] for x in groups]
-    metrics["diversity"] = torch.stack([F.pdist(x).mean() for x in groups]).mean().item()
-    if scorer:
-        encoder = load_text_encoder(path).to(device)
-        classes = test_set.classes.repeat_interleave(test_set.caption_offsets.diff())
-        captions = gather(torch.cat([c for _, c in batches]))
-        text = embed_captions(encoder, test_set).cpu()
-        metrics["r_precision"] = r_precision(image, captions, text, classes)
-    else:
-        print(f"no R-precision without {path}: python common.py --encoder damsm --data "
-              f"{test_set.name}")
+        print("Inception Score by the FID's network; published values of CUB are by another one")
+        metrics["inception_score"] = inception_score(net.head(fake))
+    distances = [F.pdist(net(x.to(device))[0]).mean() for x in groups]
+    metrics["diversity"] = torch.stack(distances).mean().item()
+    if encoder:
+        text = embed_captions(load_text_encoder(path).to(device), test_set).cpu()
+        classes = test_set.classes[test_set.caption_owners]
+        metrics["r_precision"] = r_precision(image, torch.cat(captions), text, classes)
+    print(metrics)
     return metrics
 
 
-def describe(metrics):
-    """Print metrics, and how they were measured."""
-    notes = {
-        "fid": "pytorch-fid's network, images of 8 bits, against all real test images of this size",
-        "inception_score": "ten splits, 1008 classes; published CUB values use a fine-tuned network",
-        "diversity": "mean feature distance of 8 samples a caption",
-        "r_precision": "own caption against 99 of other classes, by DAMSM"}
-    for name, value in metrics.items():
-        print(f"{name:16} {value:8.3f}  {notes.get(name, '')}")
-
-
 def main():
-    parser = argparse.ArgumentParser(description="Train a text encoder, or export a model.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Train a text encoder, or export a model.")
     parser.add_argument("--encoder", choices=["char-cnn-rnn", "damsm"], default="char-cnn-rnn")
     parser.add_argument("--data", default="toy", help="toy, flowers, cub, coco or a folder")
     parser.add_argument("--root", default="datasets", help="where flowers, cub and coco are")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--iterations", type=int, help="default: as many as images, 300 to 3000")
     parser.add_argument("--image-features", choices=["inception", "small"])
-    parser.add_argument("--export", metavar="FILE", help="checkpoint to make a small file of")
-    parser.add_argument("--out", type=Path, help="default: runs/<encoder>-<data>/encoder.pt")
+    parser.add_argument("--export", metavar="FILE", help="checkpoint, to make a small file of")
+    parser.add_argument("--out", type=Path, help="file to write")
     args = parser.parse_args()
-    if args.export and not args.out:
-        parser.error("--export needs --out")
+    name = data.dataset_id(args.data)
+    out = args.out or encoder_path(args.encoder, name)
     if args.export:
-        export(args.export, args.out)
+        export(args.export, out)
     else:
-        name, device = dataset_id(args.data), init_distributed(args.device)
-        args.out = args.out or encoder_path(args.encoder, name)
-        train_text_encoder(args.encoder, name, args.root, device, args.out, args.iterations,
-                           args.image_features)
-        print(load_text_encoder(args.out).description)
-    print(f"saved {args.out}")
+        train_text_encoder(args.encoder, name, args.root, init_distributed(args.device), out,
+                           args.iterations, args.image_features)
+        print(load_text_encoder(out).config["description"])
+    print(f"saved {out}")
 
 
 if __name__ == "__main__":

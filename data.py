@@ -147,7 +147,7 @@ def cub(folder, split):
         label = int(name[:3])
         if (label in CUB_TEST) == (split == "test"):
             # The crop of StackGAN, AttnGAN and DF-GAN: a square about the middle of the bounding
-            # box, 1.5 times its longer side. GAN-CLS uses the whole image.
+            # box, 1.5 times its longer side. Released GAN-CLS: the whole image.
             x, y, w, h = (int(float(v)) for v in box)
             r, cx, cy = int(max(w, h) * 0.75), (2 * x + w) // 2, (2 * y + h) // 2
             text = read_captions((captions / name).with_suffix(".txt"))
@@ -332,7 +332,9 @@ class CaptionDataset:
         numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
         self.classes = torch.tensor([numbers[label] for label in labels])
         self.captions = [caption for r in records for caption in r.captions]
-        self.caption_offsets = torch.tensor([0] + [len(r.captions) for r in records]).cumsum(0)
+        counts = torch.tensor([len(r.captions) for r in records])
+        self.caption_offsets = F.pad(counts.cumsum(0), (1, 0))
+        self.caption_owners = torch.arange(len(records)).repeat_interleave(counts)
 
     def __len__(self):
         return len(self.records)

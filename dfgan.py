@@ -267,7 +267,8 @@ def train(args, checkpoint):
         start, history, sums = (checkpoint[key] for key in ("step", "history", "sums"))
         for name in parts.keys() & checkpoint.keys():    # --init has no optimizers
             parts[name].load_state_dict(checkpoint[name])
-    common.average_gradients((G, D), (opt_g, opt_d))
+    common.average_gradients(G, opt_g)
+    common.average_gradients(D, opt_d)
     loss_function = d_loss
     if args.compile:
         print("compiling: the first step takes minutes (--no-compile)", flush=True)
@@ -299,7 +300,7 @@ def train(args, checkpoint):
         end_of_epoch, stopping = batch + 1 == len(batches), stop.requested()
         if end_of_epoch or batch % 20 == 19:
             names = ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake", "ma_gp")
-            means = common.check_finite(dict(zip(names, (sums / (batch + 1)).tolist())), args.out_dir)
+            means = dict(zip(names, (sums / (batch + 1)).tolist()))
             bar.note = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
         bar.update(args.batch_size)
         if end_of_epoch:
@@ -316,11 +317,11 @@ def train(args, checkpoint):
             common.save_checkpoint(args.out_dir / "last.pt", {
                 "kind": "dfgan", "step": step + 1, "history": history, "sums": sums,
                 "args": {name: getattr(args, name) for name in FIXED}, "text_encoder": text_encoder,
-                "text_encoder_description": text_encoder.description, **parts})
+                **parts})
         if stopping:
             return 128 + stop.signal
     if args.data == "toy":
-        common.describe(evaluate(ema, text_encoder, test_set, args))
+        evaluate(ema, text_encoder, test_set, args)
 
 
 # ---- Sampling
@@ -330,8 +331,7 @@ def load_generator(path, device="cpu"):
     state = path if isinstance(path, dict) else common.load_checkpoint(path, "dfgan")
     G = Generator(state["args"]["nf"], state["args"]["size"])
     G.load_state_dict(state["ema"])
-    text_encoder = common.text_encoder_from_state_dict(
-        state["text_encoder"], state["text_encoder_description"])
+    text_encoder = common.text_encoder_from_state_dict(state["text_encoder"])
     return G.to(device, memory_format=torch.channels_last).eval(), text_encoder.to(device)
 
 
@@ -348,8 +348,7 @@ def load_released(path, text_encoder, args):
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise common.UserError(f"--init: {path} is no released DF-GAN ({error})") from None
     return {"kind": "dfgan", "step": 0, "history": [], "sums": torch.zeros(6), **nets,
-            "args": vars(args), "text_encoder": text_encoder.state_dict(),
-            "text_encoder_description": text_encoder.description}
+            "args": vars(args), "text_encoder": text_encoder.state_dict()}
 
 
 def sample_noise(n, seed=0, truncation=None):
@@ -373,11 +372,12 @@ def sample(args, checkpoint):
     G, text_encoder = load_generator(checkpoint, args.device)
     captions, n = args.sample or args.interpolate, args.samples_per_caption
     embeddings = text_encoder.encode_prompts(captions)
-    for caption, t in zip(captions, embeddings if args.num_images else ()):
-        common.save_images(args.out_dir / common.slug([caption]), (
-            generate(G, sample_noise(1, args.seed * 2**20 + i, args.truncation), t[None])
-            for i in range(args.num_images)))
     if args.num_images:
+        for caption, t in zip(captions, embeddings):
+            for i in range(args.num_images):
+                image = generate(G, sample_noise(1, args.seed * 2**20 + i, args.truncation), t[None])
+                common.save_grid(args.out_dir / common.slug([caption]) / f"{i:05}.png", image, 1)
+            print(f"{caption!r}: {args.out_dir / common.slug([caption])}")
         return
     alphas = torch.linspace(0, 1, n)[:, None]
     noise = sample_noise(n, args.seed, args.truncation).repeat(len(captions), 1)
@@ -389,16 +389,18 @@ def sample(args, checkpoint):
         t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
     kind = "sample" if args.sample else "noise" if args.interpolate_noise else "captions"
     path = args.out_dir / f"{kind}-{common.slug(captions)}-{args.seed}.png"
-    common.save_grid(path, generate(G, noise, t), n, captions)
+    common.save_grid(path, generate(G, noise, t), n)
+    print(*map(repr, captions), path, sep="\n")
 
 
 def evaluate(G, text_encoder, test_set, args):
     """Return metrics of --fid-samples images as a dict."""
     t = common.embed_captions(text_encoder, test_set)
-    batches = common.evaluation_batches(test_set, args.fid_samples)
-    images = (generate(G, sample_noise(len(c), seed, args.truncation), t[c]) for seed, c in batches)
+    captions = common.evaluation_captions(test_set, args.fid_samples)
+    images = (generate(G, sample_noise(len(c), i, args.truncation), t[c])
+              for i, c in enumerate(captions))
     groups = (generate(G, sample_noise(8, i, args.truncation), t[i].expand(8, -1)) for i in range(min(50, len(t))))
-    return common.evaluate(images, batches, groups, test_set, args.device,
+    return common.evaluate(images, captions, groups, test_set, args.device,
                            args.r_precision_encoder)
 
 
@@ -432,7 +434,7 @@ def main(argv=None):
     if not args.evaluate:
         return train(args, checkpoint)
     test_set = data.load_dataset(args.data, "test", args.size, args.root)
-    common.describe(evaluate(*load_generator(checkpoint, args.device), test_set, args))
+    evaluate(*load_generator(checkpoint, args.device), test_set, args)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class Generator(nn.Module):
 def image_encoder(ndf):
     """Images (B, 3, 64, 64) -> features (B, 8 ndf, 4, 4).
 
-    Released code for birds: a residual block at the end and no leaky ReLU after the last two
+    Released code: a residual block at the end and no leaky ReLU after the last two
     norms; we follow Figure 2."""
     def down(a, b):
         return (nn.Conv2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b),
@@ -210,7 +210,8 @@ def train(args, checkpoint):
         start, history, sums = (checkpoint[key] for key in ("step", "history", "sums"))
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    common.average_gradients((G, D), (opt_g, opt_d))
+    common.average_gradients(G, opt_g)
+    common.average_gradients(D, opt_d)
     if args.compile and common.world_size() == 1:    # synchronised batch norm breaks the graph
         print("compiling: the first step takes minutes (--no-compile)", flush=True)
         G.compile(dynamic=False)
@@ -246,7 +247,7 @@ def train(args, checkpoint):
         end_of_epoch, stopping = batch + 1 == len(batches), stop.requested()
         if end_of_epoch or batch % 20 == 19:
             names = ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake")
-            means = common.check_finite(dict(zip(names, (sums / (batch + 1)).tolist())), args.out_dir)
+            means = dict(zip(names, (sums / (batch + 1)).tolist()))
             bar.note = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
         bar.update(args.batch_size)
         if end_of_epoch:
@@ -263,11 +264,11 @@ def train(args, checkpoint):
             common.save_checkpoint(args.out_dir / "last.pt", {
                 "kind": "gan_cls", "step": step + 1, "history": history, "sums": sums,
                 "args": {name: getattr(args, name) for name in FIXED}, "text_encoder": text_encoder,
-                "text_encoder_description": text_encoder.description, **parts})
+                **parts})
         if stopping:
             return 128 + stop.signal
     if args.data == "toy":
-        common.describe(evaluate(ema, text_encoder, test_set, args))
+        evaluate(ema, text_encoder, test_set, args)
 
 
 # ---- Sampling
@@ -277,8 +278,7 @@ def load_generator(path, device="cpu"):
     state = path if isinstance(path, dict) else common.load_checkpoint(path, "gan_cls")
     G = Generator(state["args"]["ngf"], state["args"]["upsample"])
     G.load_state_dict(state["ema"])
-    text_encoder = common.text_encoder_from_state_dict(
-        state["text_encoder"], state["text_encoder_description"])
+    text_encoder = common.text_encoder_from_state_dict(state["text_encoder"])
     return G.to(device, memory_format=torch.channels_last).eval(), text_encoder.to(device)
 
 
@@ -300,11 +300,12 @@ def sample(args, checkpoint):
     G, text_encoder = load_generator(checkpoint, args.device)
     captions, n = args.sample or args.interpolate, args.samples_per_caption
     embeddings = text_encoder.encode_prompts(captions)
-    for caption, t in zip(captions, embeddings if args.num_images else ()):
-        common.save_images(args.out_dir / common.slug([caption]), (
-            generate(G, sample_noise(1, args.seed * 2**20 + i), t[None])
-            for i in range(args.num_images)))
     if args.num_images:
+        for caption, t in zip(captions, embeddings):
+            for i in range(args.num_images):
+                image = generate(G, sample_noise(1, args.seed * 2**20 + i), t[None])
+                common.save_grid(args.out_dir / common.slug([caption]) / f"{i:05}.png", image, 1)
+            print(f"{caption!r}: {args.out_dir / common.slug([caption])}")
         return
     alphas = torch.linspace(0, 1, n)[:, None]
     noise = sample_noise(n, args.seed).repeat(len(captions), 1)
@@ -316,16 +317,17 @@ def sample(args, checkpoint):
         t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
     kind = "sample" if args.sample else "noise" if args.interpolate_noise else "captions"
     path = args.out_dir / f"{kind}-{common.slug(captions)}-{args.seed}.png"
-    common.save_grid(path, generate(G, noise, t), n, captions)
+    common.save_grid(path, generate(G, noise, t), n)
+    print(*map(repr, captions), path, sep="\n")
 
 
 def evaluate(G, text_encoder, test_set, args):
     """Return metrics of --fid-samples images as a dict."""
     t = common.embed_captions(text_encoder, test_set)
-    batches = common.evaluation_batches(test_set, args.fid_samples)
-    images = (generate(G, sample_noise(len(c), seed), t[c]) for seed, c in batches)
+    captions = common.evaluation_captions(test_set, args.fid_samples)
+    images = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
     groups = (generate(G, sample_noise(8, i), t[i].expand(8, -1)) for i in range(min(50, len(t))))
-    return common.evaluate(images, batches, groups, test_set, args.device,
+    return common.evaluate(images, captions, groups, test_set, args.device,
                            args.r_precision_encoder)
 
 
@@ -375,7 +377,8 @@ def style_transfer(args, checkpoint):
     with torch.no_grad():
         z = S.eval()(photo).expand(len(t), -1)
     path = args.out_dir / f"style-{Path(args.style_image).stem}-{common.slug(args.sample)}.png"
-    common.save_grid(path, torch.cat((photo, generate(G, z, t))), len(t) + 1, args.sample)
+    common.save_grid(path, torch.cat((photo, generate(G, z, t))), len(t) + 1)
+    print(*map(repr, args.sample), path, sep="\n")
 
 
 # ---- Command line
@@ -412,7 +415,7 @@ def main(argv=None):
     if not args.evaluate:
         return train(args, checkpoint)
     test_set = data.load_dataset(args.data, "test", SIZE, args.root)
-    common.describe(evaluate(*load_generator(checkpoint, args.device), test_set, args))
+    evaluate(*load_generator(checkpoint, args.device), test_set, args)
 
 
 if __name__ == "__main__":

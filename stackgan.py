@@ -172,7 +172,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(module):
-    """Released code: N(0, 0.02) for weights, N(1, 0.02) for batch norm, no biases."""
+    """Released code: N(0, 0.02) for weights, N(1, 0.02) for batch norm. Biases from 0."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -204,8 +204,8 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
     """Update D. real, fake (B, 3, S, S); t, t_wrong (B, 1024).
 
     The wrong pair is the same image with a caption of another class, so its features are shared.
-    TensorFlow release: an image of another class; PyTorch release: the batch rolled by one, with
-    shared features as here. Stage-II of the PyTorch release also scores images alone; we follow.
+    TensorFlow release: an image of another class; PyTorch release: the next caption of the batch,
+    with shared features as here. Stage-II of the PyTorch release also scores images alone; we follow.
     Return loss, D(real), D(wrong), D(fake): if D ignores its text, D(wrong) equals D(real)."""
     h, h_fake = D.features(real), D.features(fake.detach())
     s_real, s_wrong, s_fake = D.score(h, t), D.score(h, t_wrong), D.score(h_fake, t)
@@ -294,7 +294,8 @@ def train_stage(args, checkpoint, stage):
         start, sums = checkpoint["step"], checkpoint["sums"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    common.average_gradients((G, D), (opt_g, opt_d))
+    common.average_gradients(G, opt_g)
+    common.average_gradients(D, opt_d)
     if args.compile and common.world_size() == 1:    # synchronised batch norm breaks the graph
         print("compiling: the first step takes minutes (--no-compile)", flush=True)
         G.compile(dynamic=False)
@@ -336,7 +337,7 @@ def train_stage(args, checkpoint, stage):
         end_of_epoch, stopping = batch + 1 == len(batches), stop.requested()
         if end_of_epoch or batch % 20 == 19:
             names = ("loss_g", "kl", "loss_d", "d_real", "d_wrong", "d_fake")
-            means = common.check_finite(dict(zip(names, (sums / (batch + 1)).tolist())), args.out_dir)
+            means = dict(zip(names, (sums / (batch + 1)).tolist()))
             bar.note = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
         bar.update(args.batch_size)
         if end_of_epoch:
@@ -353,11 +354,11 @@ def train_stage(args, checkpoint, stage):
             common.save_checkpoint(args.out_dir / "last.pt", {
                 "kind": "stackgan", "stage": stage, "step": step + 1, "history": history, "sums": sums,
                 "args": {name: getattr(args, name) for name in FIXED}, "text_encoder": text_encoder,
-                "text_encoder_description": text_encoder.description, **parts})
+                **parts})
         if stopping:
             return 128 + stop.signal
     if args.data == "toy":
-        common.describe(evaluate(stages, text_encoder, test_set, args))
+        evaluate(stages, text_encoder, test_set, args)
 
 
 # ---- Sampling
@@ -365,7 +366,7 @@ def train_stage(args, checkpoint, stage):
 def load_stage1(state, device):
     """Return the EMA of Stage-I of a checkpoint, frozen, with batch norm in eval mode.
 
-    The PyTorch release leaves batch norm of Stage-I in train mode during Stage-II."""
+    The releases leave batch norm of Stage-I in train mode during Stage-II."""
     G1 = Stage1(state["args"]["ngf"])
     G1.load_state_dict(state["ema"] if state["stage"] == 1 else state["G1"])
     return G1.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -380,8 +381,7 @@ def load_generator(path, device="cpu"):
         G2 = Stage2(args["ngf"], args["size"], args["num_residual"])
         G2.load_state_dict(state["ema"])
         G.append(G2.to(device, memory_format=torch.channels_last).eval())
-    text_encoder = common.text_encoder_from_state_dict(
-        state["text_encoder"], state["text_encoder_description"])
+    text_encoder = common.text_encoder_from_state_dict(state["text_encoder"])
     return G, text_encoder.to(device)
 
 
@@ -408,11 +408,12 @@ def sample(args, checkpoint):
     G, text_encoder = load_generator(checkpoint, args.device)
     captions, n = args.sample or args.interpolate, args.samples_per_caption
     embeddings = text_encoder.encode_prompts(captions)
-    for caption, t in zip(captions, embeddings if args.num_images else ()):
-        common.save_images(args.out_dir / common.slug([caption]), (
-            generate(G, sample_noise(1, args.seed * 2**20 + i), t[None])
-            for i in range(args.num_images)))
     if args.num_images:
+        for caption, t in zip(captions, embeddings):
+            for i in range(args.num_images):
+                image = generate(G, sample_noise(1, args.seed * 2**20 + i), t[None])
+                common.save_grid(args.out_dir / common.slug([caption]) / f"{i:05}.png", image, 1)
+            print(f"{caption!r}: {args.out_dir / common.slug([caption])}")
         return
     alphas = torch.linspace(0, 1, n)[:, None]
     noise = sample_noise(n, args.seed).repeat(len(captions), 1)
@@ -429,16 +430,17 @@ def sample(args, checkpoint):
         s0 = F.interpolate(generate(G[:1], noise, t), size=images.shape[2:])
         images = torch.stack((s0.unflatten(0, (-1, n)), images.unflatten(0, (-1, n))), 1)
         images = images.flatten(0, 2)
-    common.save_grid(path, images, n, captions)
+    common.save_grid(path, images, n)
+    print(*map(repr, captions), path, sep="\n")
 
 
 def evaluate(G, text_encoder, test_set, args):
     """Return metrics of --fid-samples images as a dict."""
     t = common.embed_captions(text_encoder, test_set)
-    batches = common.evaluation_batches(test_set, args.fid_samples)
-    images = (generate(G, sample_noise(len(c), seed), t[c]) for seed, c in batches)
+    captions = common.evaluation_captions(test_set, args.fid_samples)
+    images = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
     groups = (generate(G, sample_noise(8, i), t[i].expand(8, -1)) for i in range(min(50, len(t))))
-    return common.evaluate(images, batches, groups, test_set, args.device,
+    return common.evaluate(images, captions, groups, test_set, args.device,
                            args.r_precision_encoder)
 
 
@@ -475,7 +477,7 @@ def main(argv=None):
     G, text_encoder = load_generator(checkpoint, args.device)
     G = G[:args.stage]
     test_set = data.load_dataset(args.data, "test", args.size if len(G) == 2 else 64, args.root)
-    common.describe(evaluate(G, text_encoder, test_set, args))
+    evaluate(G, text_encoder, test_set, args)
 
 
 if __name__ == "__main__":

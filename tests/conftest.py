@@ -1,12 +1,8 @@
-"""What the tests share: where the project, the real data and the golden figures lie."""
-import contextlib
+"""What the tests share: paths, commands in a process of their own, a tiny folder of images."""
 import importlib.util
-import io
 import os
 import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,103 +10,75 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
-# No Inception for runs of the tests, unless they ask for it: each would load it, and measure with it after every epoch
-os.environ["TORCH_HOME"] = str(ROOT / "no-such-folder")
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes on a CPU; run with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip slow tests unless they are asked for by -m slow or --slow."""
+    if "slow" not in config.option.markexpr and not config.option.slow:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
 def shared(*parts):
-    """A path below ../shared; the test is skipped where it is missing."""
-    path = SHARED.joinpath(*parts)
+    """Return a path below ../shared; skip the test if it is missing."""
+    path = ROOT.parent.joinpath("shared", *parts)
     if not path.exists():
-        pytest.skip(f"../shared/{'/'.join(parts)} is not here")
+        pytest.skip(f"../shared/{'/'.join(parts)} is missing")
     return path
 
 
+def load_module(path):
+    """Import a Python file that is not on the path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def run(*command, cwd, timeout=300, **environment):
-    """A command of the project as a user types it, in a folder of its own."""
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, **environment})
+    """Run a Python command in a process of its own, as a user would, on one thread."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
+        timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
-def call(script, *flags, cwd):
-    """A script's command line, as `run` but within this process: the same main, seconds sooner."""
-    from common import guard
-    out, err, before, argv = io.StringIO(), io.StringIO(), os.getcwd(), sys.argv
-    os.chdir(cwd)
-    sys.argv = [str(script)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = guard(lambda: importlib.import_module(Path(script).stem).main(list(map(str, flags))))
-            except SystemExit as end:                              # argparse
-                code = end.code
-    finally:
-        os.chdir(before)
-        sys.argv = argv
-    return subprocess.CompletedProcess(flags, code or 0, out.getvalue(), err.getvalue())
-
-
-def tarred(files):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as t:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            t.addfile(info, io.BytesIO(content))
-    return out.getvalue()
-
-
-def zipped(files):
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
-        for name, content in files.items():
-            z.writestr(name, content)
-    return out.getvalue()
-
-
-@pytest.fixture
-def inception_file(monkeypatch):
-    """The FID's network lies where torch.hub looks for it."""
-    monkeypatch.setenv("TORCH_HOME", str(shared("weights")))
+def equal(a, b):
+    """Return whether nested dicts, lists and tensors are bit-identical."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Every test runs in an empty folder, so that runs/ and datasets/ never land in the project."""
+def empty_folder(tmp_path, monkeypatch):
+    """Run every test in an empty folder: runs/ and datasets/ are created there."""
     monkeypatch.chdir(tmp_path)
-
-
-def module(path):
-    """A Python file outside the project, imported."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def same(a, b):
-    """Equal to the bit, through dicts and lists."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or a != a and b != b
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A folder with a tiny own data set and text encoders barely trained: runs start in it within seconds."""
+    """Return a folder with 24 captioned images in own/ and barely trained text encoders in runs/."""
     home = tmp_path_factory.mktemp("home")
-    colours = dict(red=(230, 20, 20), green=(20, 200, 40), blue=(30, 40, 220), white=(245,) * 3)
+    colours = {"red": (230, 20, 20), "green": (20, 200, 40), "blue": (30, 40, 220)}
     for i in range(24):
-        name, colour = list(colours.items())[i % 4]
+        name = list(colours)[i % 3]
         (home / "own" / name).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (80, 80), colour).save(home / "own" / name / f"{i}.png")
+        Image.new("RGB", (80, 80), colours[name]).save(home / "own" / name / f"{i}.png")
         (home / "own" / name / f"{i}.txt").write_text(f"a {name} picture\nit is {name}\n")
     for encoder in ("char-cnn-rnn", "damsm"):
-        done = run(ROOT / "common.py", "--encoder", encoder, "--data", "own", "--image-features", "small", "--iterations", 2, cwd=home)
+        done = run(ROOT / "common.py", "--encoder", encoder, "--data", "own",
+                   "--image-features", "small", "--iterations", 2, cwd=home)
         assert done.returncode == 0, done.stderr
     return home
