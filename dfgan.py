@@ -1,10 +1,10 @@
-"""DF-GAN: A Simple and Effective Baseline for Text-to-Image Synthesis. Tao et al., CVPR 2022 (arXiv
-2008.05865).
+"""DF-GAN: A Simple and Effective Baseline for Text-to-Image Synthesis. Tao et al., CVPR 2022
+(arXiv 2008.05865).
 
 One generator draws the image at full size from noise z and the sentence embedding e.
-    DFBlock  two affine transformations of (z, e), each with an activation             (section 3.4)
-    MA-GP    penalty on the gradient of D at real images with their captions           (section 3.3)
-    one-way  D gives one score of image and caption together                           (section 3.3)
+    DFBlock  two affine transformations by (z, e), each with an activation           (section 3.4)
+    MA-GP    penalty on the gradient of D at real images with their captions         (section 3.3)
+    one-way  D gives one score of image and caption together                         (section 3.3)
 
     python dfgan.py                                      # toy data, minutes on a CPU
     python dfgan.py --data cub --epochs 600              # CUB; run again to resume
@@ -32,11 +32,10 @@ except ModuleNotFoundError:    # networks, losses and steps need torch only
 
 NZ, NE = 100, 256    # noise z; sentence embedding e (DAMSM)
 
-
 # ---- Networks: parameters have the released names, so that released checkpoints load
 
 class Affine(nn.Module):
-    """gamma(c) x + beta(c) of channels x (B, a, s, s); two MLPs of c = (z, e), initially identity."""
+    """gamma(c) x + beta(c), x (B, a, s, s); gamma and beta are MLPs of c = (z, e)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -52,7 +51,6 @@ class Affine(nn.Module):
         gamma, beta = self.fc_gamma(c)[:, :, None, None], self.fc_beta(c)[:, :, None, None]
         return torch.addcmul(beta, gamma, x)
 
-
 class DFBlock(nn.Module):
     """Affine, activation, affine, activation. Figure: ReLU; released code, as here: leaky ReLU."""
 
@@ -64,12 +62,10 @@ class DFBlock(nn.Module):
         x = F.leaky_relu(self.affine0(x, c), 0.2, inplace=True)
         return F.leaky_relu(self.affine1(x, c), 0.2, inplace=True)
 
-
 class NearestUpConv(nn.Conv2d):
-    """Nearest upsampling by 2 and a 3x3 convolution: super().forward(F.interpolate(x, None, 2)).
+    """Same as a 3x3 convolution of F.interpolate(x, scale_factor=2.0), with 2.25 times fewer FLOPs.
 
-    Written as one transposed convolution: 2.25 times fewer FLOPs. Each of its 4x4 weights is the
-    sum of the 3x3 weights that meet the same pixel of x."""
+    Each 4x4 weight of one transposed convolution sums the 3x3 weights that meet the same pixel."""
 
     def forward(self, x):
         if x.shape[2] < 8:    # few pixels: larger weights cost more than they save
@@ -77,13 +73,11 @@ class NearestUpConv(nn.Conv2d):
         weight = F.avg_pool2d(self.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)
         return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, 1)
 
-
 def upsample(x):
     """Same as F.interpolate(x, scale_factor=2.0), which autocast would run in float32."""
     b, c, h, w = x.shape
     x = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
     return x.reshape(b, c, 2 * h, 2 * w).contiguous(memory_format=torch.channels_last)
-
 
 class UpBlock(nn.Module):
     """x (B, a, s, s), c (B, 356) -> (B, b, 2s, 2s): upsample, then twice DFBlock and convolution,
@@ -100,13 +94,11 @@ class UpBlock(nn.Module):
         h = self.c1(self.fuse1(x, c))    # (B, b, 2s, 2s)
         return upsample(self.c_sc(x)) + self.c2(self.fuse2(h, c))
 
-
 def channels(nf, size):
     """Channels from size x size down to 4 x 4: nf, 2 nf, 4 nf, 8 nf, 8 nf, ..."""
     if size not in (32, 64, 128, 256, 512):
         raise ValueError(f"size {size} is not 32, 64, 128, 256 or 512")
     return [nf * min(2 ** i, 8) for i in range(int(math.log2(size)) - 1)]
-
 
 class Generator(nn.Module):
     """z (B, 100), e (B, 256) -> images (B, 3, S, S) in [-1, 1]. Figure 2, left."""
@@ -126,7 +118,6 @@ class Generator(nn.Module):
             x = block(x, c)
         return self.to_rgb(x)
 
-
 class DownBlock(nn.Module):
     """(B, a, 2s, 2s) -> (B, b, s, s): shortcut + gamma residual; gamma, from 0, as released."""
 
@@ -143,9 +134,8 @@ class DownBlock(nn.Module):
         h = self.conv_r(x)
         return torch.addcmul(self.conv_s(F.avg_pool2d(x, 2)), self.gamma.to(h.dtype), h)
 
-
 class Discriminator(nn.Module):
-    """Target-Aware Discriminator: images (B, 3, S, S), e (B, 256) -> scores (B,). Figure 2, right."""
+    """Target-Aware Discriminator: images (B, 3, S, S), e (B, 256) -> scores (B,). Figure 2."""
 
     def __init__(self, nf=32, size=256):
         super().__init__()
@@ -166,22 +156,19 @@ class Discriminator(nn.Module):
     def forward(self, x, e):
         return self.score(self.features(x), e)
 
-
 # ---- Losses
 
 def hinge_loss(real, wrong, fake):
     """E max(0, 1 - D(x, e)) + [E max(0, 1 + D(x, e')) + E max(0, 1 + D(G(z, e), e))] / 2  (3.2)."""
     return (F.relu(1 - real) + (F.relu(1 + wrong) + F.relu(1 + fake)) / 2).mean()
 
-
 def ma_gp(grad_x, grad_e, k=2, p=6):
     """MA-GP (section 3.3) of the gradients of D(x, e), (B, ...) each.
 
-    Paper: k E (|grad_x| + |grad_e|)^p; released code: k E (|grad_x|^2 + |grad_e|^2)^(p/2); we follow
-    the code, which gave the published numbers. sqrt(s)^6 has a NaN gradient at 0, s^3 has not."""
+    Paper: k E (|grad_x| + |grad_e|)^p; released code: k E (|grad_x|^2 + |grad_e|^2)^(p/2); we
+    follow the code, which gave the published numbers. sqrt(s)^6 has a NaN gradient at 0."""
     s = sum(grad.float().square().flatten(1).sum(1) for grad in (grad_x, grad_e))    # (B,)
     return k * (s ** (p / 2)).mean()
-
 
 def d_loss(D, real, fake, e, e_wrong):
     """Return hinge loss + MA-GP, and for the log [loss, D(real), D(wrong), D(fake), MA-GP].
@@ -197,11 +184,9 @@ def d_loss(D, real, fake, e, e_wrong):
     loss = hinge_loss(s_real, s_wrong, s_fake) + penalty
     return loss, torch.stack((loss, s_real.mean(), s_wrong.mean(), s_fake.mean(), penalty)).detach()
 
-
 def g_loss(fake):
     """-E D(G(z, e), e)  (section 3.2)."""
     return -fake.mean()
-
 
 # ---- Steps
 
@@ -209,14 +194,14 @@ def d_step(D, opt_d, real, fake, e, e_wrong, loss_function=d_loss):
     """Update D. real, fake (B, 3, S, S); e, e_wrong (B, 256). Released code: e_wrong is the batch
     rolled by one, which may fit by chance.
 
-    loss_function: d_loss, compiled or not; double backward compiles only inside one function.
-    Return loss, D(real), D(wrong), D(fake), MA-GP: if D ignores its text, D(wrong) equals D(real)."""
+    loss_function: d_loss or its compiled form: double backward compiles inside one function only.
+    Return loss, D(real), D(wrong), D(fake), MA-GP: a D that ignores its text has D(wrong) =
+    D(real)."""
     loss, stats = loss_function(D, real, fake.detach(), e, e_wrong)
     opt_d.zero_grad()
     loss.backward()
     opt_d.step()
     return stats
-
 
 def g_step(D, opt_g, fake, e):
     """Update G. fake = G(z, e) with its graph, the one of D's step; e (B, 256). Return the loss."""
@@ -228,27 +213,25 @@ def g_step(D, opt_g, fake, e):
     D.requires_grad_(True)
     return loss.detach()
 
-
 @torch.no_grad()
 def update_ema(ema, G, decay):
-    """Move the average of G's weights: ema += (1 - decay) (G - ema)."""
+    """ema += (1 - decay) (G - ema)."""
     pairs = zip(ema.state_dict().values(), G.state_dict().values())
     averages, values = zip(*((a, v) for a, v in pairs if a.is_floating_point()))
     torch._foreach_lerp_(averages, values, 1 - decay)
-
 
 def build(nf=32, size=256, lr_g=1e-4, lr_d=4e-4, device="cpu"):
     """Return G, D and their optimizers: Adam, 1e-4 and 4e-4, betas (0, 0.9) (section 4)."""
     nets = [net.to(device, memory_format=torch.channels_last)
             for net in (Generator(nf, size), Discriminator(nf, size))]
-    return *nets, *(torch.optim.Adam(net.parameters(), lr, (0.0, 0.9), fused="cuda" in str(device))
+    fused = "cuda" in str(device)
+    return *nets, *(torch.optim.Adam(net.parameters(), lr, (0.0, 0.9), fused=fused)
                     for net, lr in zip(nets, (lr_g, lr_d)))
-
 
 # ---- Training
 
 def train(args, checkpoint):
-    """Train, or resume. Write last.pt, log.csv and grids of samples to args.out_dir."""
+    """Train, or resume; write last.pt, log.csv and grids of samples to args.out_dir."""
     with common.main_process_first():
         train_set, test_set = (data.load_dataset(args.data, split, args.size, args.root)
                                for split in ("train", "test"))
@@ -267,6 +250,7 @@ def train(args, checkpoint):
         start, history, sums = (checkpoint[key] for key in ("step", "history", "sums"))
         for name in parts.keys() & checkpoint.keys():    # --init has no optimizers
             parts[name].load_state_dict(checkpoint[name])
+    sums = sums.to(args.device)    # of losses since the epoch began
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
     loss_function = d_loss
@@ -276,12 +260,11 @@ def train(args, checkpoint):
         D.compile(dynamic=False)
         loss_function = torch.compile(d_loss, dynamic=False)
 
-    captions = test_set.first_captions(8)    # of the grids: a caption a row, a noise a column
-    grid_text = text_encoder.encode(captions).repeat_interleave(8, 0)
-    grid_noise = sample_noise(8, args.seed).repeat(len(captions), 1)
-    sums, num_steps, saved = sums.to(args.device), args.epochs * len(batches), 0
-    print(f"dfgan: {len(train_set)} images, {args.epochs} epochs of {len(batches)} steps, batch size"
-          f" {args.batch_size}, {args.device}; in {args.out_dir}")
+    captions = test_set.first_captions(8)    # a grid has a row a caption, a column a noise
+    grid = (sample_noise(8, args.seed).repeat(len(captions), 1),
+            text_encoder.encode(captions).repeat_interleave(8, 0))
+    num_steps, saved = args.epochs * len(batches), 0
+    print(f"{len(train_set)} images, {num_steps} steps, {args.device}; writing to {args.out_dir}")
     bar = data.Progress(num_steps * args.batch_size, "training", done=start * args.batch_size)
     stop = common.GracefulStop()
     for step in range(start, num_steps):
@@ -301,39 +284,36 @@ def train(args, checkpoint):
         if end_of_epoch or batch % 20 == 19:
             names = ("loss_g", "loss_d", "d_real", "d_wrong", "d_fake", "ma_gp")
             means = dict(zip(names, (sums / (batch + 1)).tolist()))
-            bar.note = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
+            bar.note = "  ".join(f"{name} {mean:.2f}" for name, mean in means.items())
         bar.update(args.batch_size)
         if end_of_epoch:
-            history.append({"epoch": epoch + 1, **means})
             sums.zero_()
+            history.append({"epoch": epoch + 1, **means})
             if args.eval_every and (epoch + 1) % args.eval_every == 0:
                 history[-1] |= evaluate(ema, text_encoder, test_set, args)
         last = stopping or step + 1 == num_steps
         if last or (end_of_epoch and time.time() - saved > 60):
             saved = time.time()
-            common.save_grid(args.out_dir / f"epoch_{epoch + 1:04}.png",
-                             generate(ema, grid_noise, grid_text), 8)
+            common.save_grid(args.out_dir / f"epoch_{epoch + 1:04}.png", generate(ema, *grid), 8)
             common.save_log(args.out_dir / "log.csv", history)
             common.save_checkpoint(args.out_dir / "last.pt", {
                 "kind": "dfgan", "step": step + 1, "history": history, "sums": sums,
-                "args": {name: getattr(args, name) for name in FIXED}, "text_encoder": text_encoder,
-                **parts})
+                "args": {name: getattr(args, name) for name in FIXED},
+                "text_encoder": text_encoder, **parts})
         if stopping:
             return 128 + stop.signal
     if args.data == "toy":
         evaluate(ema, text_encoder, test_set, args)
-
 
 # ---- Sampling
 
 def load_generator(path, device="cpu"):
     """Return the EMA of G and the text encoder of a checkpoint (a path, or its content)."""
     state = path if isinstance(path, dict) else common.load_checkpoint(path, "dfgan")
-    G = Generator(state["args"]["nf"], state["args"]["size"])
+    G = Generator(state["args"]["nf"], state["args"]["size"]).eval()
     G.load_state_dict(state["ema"])
     text_encoder = common.text_encoder_from_state_dict(state["text_encoder"])
-    return G.to(device, memory_format=torch.channels_last).eval(), text_encoder.to(device)
-
+    return G.to(device, memory_format=torch.channels_last), text_encoder.to(device)
 
 def load_released(path, text_encoder, args):
     """Return a checkpoint of the authors' state_epoch_*.pth, without its optimizers."""
@@ -350,7 +330,6 @@ def load_released(path, text_encoder, args):
     return {"kind": "dfgan", "step": 0, "history": [], "sums": torch.zeros(6), **nets,
             "args": vars(args), "text_encoder": text_encoder.state_dict()}
 
-
 def sample_noise(n, seed=0, truncation=None):
     """Return z (n, 100) from N(0, 1). truncation T: T times N(0, 1) cut at +-2; released: 0.88."""
     rng = torch.Generator().manual_seed(seed)
@@ -358,40 +337,35 @@ def sample_noise(n, seed=0, truncation=None):
         return torch.randn(n, NZ, generator=rng)
     return truncation * nn.init.trunc_normal_(torch.empty(n, NZ), a=-2, b=2, generator=rng)
 
-
 @torch.no_grad()
 def generate(G, noise, embeddings):
     """Return images (N, 3, S, S) in [-1, 1] of noise (N, 100) and embeddings (N, 256)."""
     noise = noise.to(embeddings.device)
     return torch.cat([G(z, e) for z, e in zip(noise.split(16), embeddings.split(16))]).float()
 
-
 def sample(args, checkpoint):
-    """Draw a grid: a row a caption. --interpolate: from caption A to B, a row a noise, or with
-    --interpolate-noise from noise to noise, a row a caption. --num-images: files, no grid."""
+    """Draw a grid: a row a caption. --interpolate: from caption A to B, a row a noise; with
+    --interpolate-noise: from noise to noise, a row a caption. --num-images: files, no grid."""
     G, text_encoder = load_generator(checkpoint, args.device)
     captions, n = args.sample or args.interpolate, args.samples_per_caption
     embeddings = text_encoder.encode_prompts(captions)
-    if args.num_images:
-        for caption, t in zip(captions, embeddings):
-            for i in range(args.num_images):
-                image = generate(G, sample_noise(1, args.seed * 2**20 + i, args.truncation), t[None])
-                common.save_grid(args.out_dir / common.slug([caption]) / f"{i:05}.png", image, 1)
-            print(f"{caption!r}: {args.out_dir / common.slug([caption])}")
-        return
-    alphas = torch.linspace(0, 1, n)[:, None]
+    path = args.out_dir / f"sample-{common.slug(captions)}-{args.seed}.png"
     noise = sample_noise(n, args.seed, args.truncation).repeat(len(captions), 1)
-    t = embeddings.repeat_interleave(n, 0)
+    t, alphas = embeddings.repeat_interleave(n, 0), torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
         noise = torch.lerp(noise[:1], noise[1:2], alphas).repeat(2, 1)
     elif args.interpolate:
         noise = sample_noise(4, args.seed, args.truncation).repeat_interleave(n, 0)
         t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
-    kind = "sample" if args.sample else "noise" if args.interpolate_noise else "captions"
-    path = args.out_dir / f"{kind}-{common.slug(captions)}-{args.seed}.png"
-    common.save_grid(path, generate(G, noise, t), n)
+    if args.num_images:
+        path = path.with_suffix("")
+        for i in range(args.num_images * len(captions)):
+            noise = sample_noise(1, args.seed * 2**20 + i, args.truncation)
+            image = generate(G, noise, embeddings[i % len(captions), None])
+            common.save_grid(path / f"{i:05}.png", image, 1)
+    else:
+        common.save_grid(path, generate(G, noise, t), n)
     print(*map(repr, captions), path, sep="\n")
-
 
 def evaluate(G, text_encoder, test_set, args):
     """Return metrics of --fid-samples images as a dict."""
@@ -399,10 +373,10 @@ def evaluate(G, text_encoder, test_set, args):
     captions = common.evaluation_captions(test_set, args.fid_samples)
     images = (generate(G, sample_noise(len(c), i, args.truncation), t[c])
               for i, c in enumerate(captions))
-    groups = (generate(G, sample_noise(8, i, args.truncation), t[i].expand(8, -1)) for i in range(min(50, len(t))))
+    groups = (generate(G, sample_noise(8, i, args.truncation), t[[i] * 8])
+              for i in range(min(50, len(t))))
     return common.evaluate(images, captions, groups, test_set, args.device,
                            args.r_precision_encoder)
-
 
 # ---- Command line
 
@@ -410,7 +384,6 @@ PRESETS = {"toy": dict(epochs=18, size=64, nf=8, batch_size=16, lr_g=2e-4, ema=0
                        fid_samples=512),
            "coco": dict(epochs=120)}    # section 4
 FIXED = ("data", "size", "nf", "batch_size", "lr_g", "lr_d", "ema", "seed")
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser("dfgan.py", description=__doc__.split("\n")[0])
@@ -435,7 +408,6 @@ def main(argv=None):
         return train(args, checkpoint)
     test_set = data.load_dataset(args.data, "test", args.size, args.root)
     evaluate(*load_generator(checkpoint, args.device), test_set, args)
-
 
 if __name__ == "__main__":
     sys.exit(common.run(main) if common else "training and sampling need common.py and data.py")

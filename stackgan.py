@@ -1,14 +1,14 @@
 """StackGAN: Text to Photo-realistic Image Synthesis with Stacked Generative Adversarial Networks.
 Zhang et al., ICCV 2017 (arXiv 1612.03242).
 
-Stage-I draws a sketch of 64 px from noise z and the embedding t of a caption; Stage-II draws an
-image of 256 px from sketch and t.
-    Conditioning Augmentation  t becomes a Gaussian N(mu(t), sigma(t)^2), c a sample of it  (3.2)
-    Stage-I                    s0 = G0(z, c0)                                               (3.3)
-    Stage-II                   G(s0, c): no noise but s0; G0 stays fixed                    (3.4)
+Stage-I draws a 64 px sketch from noise z and the embedding t of a caption; Stage-II draws an image
+of 256 px from sketch and t.
+    Conditioning Augmentation  c is a sample of N(mu(t), sigma(t)^2)      (section 3.2)
+    Stage-I                    s0 = G0(z, c0)                             (section 3.3)
+    Stage-II                   G(s0, c): no noise but s0; G0 is fixed     (section 3.4)
 
     python stackgan.py                                   # toy data, minutes on a CPU
-    python stackgan.py --data flowers                    # Stage-I, then Stage-II; again to resume
+    python stackgan.py --data flowers                    # both stages; run again to resume
     python stackgan.py --data flowers --sample "pink flower" "a white flower"
     python stackgan.py --data flowers --interpolate "a pink flower" "a yellow flower"
     python stackgan.py --data flowers --evaluate
@@ -31,9 +31,8 @@ except ModuleNotFoundError:    # networks, losses and steps need torch only
 
 NZ, NC, TEXT = 100, 128, 1024    # noise z; conditioning c (section 3.5); embedding t
 
-
-# ---- Networks: the layers of the PyTorch release. The TensorFlow release has residual blocks at 4x4
-# in D and at 4x4 and 8x8 in Stage-I, and cuts eps at +-2.
+# ---- Networks: the layers of the PyTorch release
+# The TensorFlow release also has residual blocks at 4x4 in D and at 4x4 and 8x8 in Stage-I.
 
 class ConditioningAugmentation(nn.Module):
     """t (B, 1024), eps (B, 128) from N(0, 1) -> c = mu + sigma eps, mu, log sigma (section 3.2).
@@ -49,7 +48,6 @@ class ConditioningAugmentation(nn.Module):
         mu, log_sigma = F.leaky_relu(self.fc(t), 0.2).chunk(2, 1)
         return mu + log_sigma.exp() * eps, mu, log_sigma
 
-
 class UpBlock(nn.Module):
     """(B, a, s, s) -> (B, b, 2s, 2s): nearest upsampling, 3x3 convolution, batch norm, ReLU."""
 
@@ -60,19 +58,16 @@ class UpBlock(nn.Module):
     def forward(self, x):
         return F.relu(self.norm(self.conv(x)), inplace=True)
 
-
 class NearestUpConv(nn.Conv2d):
-    """Nearest upsampling by 2 and a 3x3 convolution: super().forward(F.interpolate(x, None, 2)).
+    """Same as a 3x3 convolution of F.interpolate(x, scale_factor=2.0), with 2.25 times fewer FLOPs.
 
-    Written as one transposed convolution: 2.25 times fewer FLOPs. Each of its 4x4 weights is the
-    sum of the 3x3 weights that meet the same pixel of x."""
+    Each 4x4 weight of one transposed convolution sums the 3x3 weights that meet the same pixel."""
 
     def forward(self, x):
         if x.shape[2] < 8:    # few pixels: larger weights cost more than they save
             return super().forward(F.interpolate(x, scale_factor=2.0))
         weight = F.avg_pool2d(self.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)
         return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, 1)
-
 
 class Residual(nn.Module):
     """x (B, a, s, s) -> ReLU(x + a residual of two 3x3 convolutions)."""
@@ -86,10 +81,9 @@ class Residual(nn.Module):
     def forward(self, x):
         return F.relu(x + self.body(x), inplace=True)
 
-
 class Stage1(nn.Module):
-    """Stage-I G0: z (B, 100), eps (B, 128), t (B, 1024) -> images (B, 3, 64, 64) in [-1, 1], mu, log
-    sigma. Figure 2, top."""
+    """Stage-I G0: z (B, 100), eps (B, 128), t (B, 1024) -> images (B, 3, 64, 64) in [-1, 1], mu,
+    log sigma. Figure 2, top."""
 
     def __init__(self, ngf=128):
         super().__init__()
@@ -105,7 +99,6 @@ class Stage1(nn.Module):
         c, mu, log_sigma = self.ca(t, eps)
         x = self.fc(torch.cat((z, c), 1)).view(len(z), -1, 4, 4)    # (B, 8 ngf, 4, 4)
         return self.img(self.up(x)), mu, log_sigma    # before img: (B, ngf / 2, 64, 64)
-
 
 class Stage2(nn.Module):
     """Stage-II G: images s0 (B, 3, 64, 64), eps, t -> images (B, 3, S, S), mu, log sigma. Figure 2,
@@ -134,7 +127,6 @@ class Stage2(nn.Module):
         c = c[:, :, None, None].expand(-1, -1, 16, 16)
         x = self.joint(torch.cat((self.encoder(s0), c), 1))
         return self.img(self.up(self.residual(x))), mu, log_sigma
-
 
 class Discriminator(nn.Module):
     """Images (B, 3, S, S), t (B, 1024) -> logits (B,). Figure 2.
@@ -170,7 +162,6 @@ class Discriminator(nn.Module):
     def forward(self, x, t):
         return self.score(self.features(x), t)
 
-
 def init_weights(module):
     """Released code: N(0, 0.02) for weights, N(1, 0.02) for batch norm. Biases from 0."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -180,33 +171,29 @@ def init_weights(module):
     if getattr(module, "bias", None) is not None:
         nn.init.zeros_(module.bias)
 
-
 # ---- Losses, of logits s: -log sigmoid(s) = softplus(-s), -log(1 - sigmoid(s)) = softplus(s)
 
 def d_loss(real, wrong, fake):
     """-log D(I, t) - [log(1 - D(I, t_wrong)) + log(1 - D(G(.), t))] / 2  (eq. 3 and 5, GAN-CLS)."""
     return (F.softplus(-real) + (F.softplus(wrong) + F.softplus(fake)) / 2).mean()
 
-
 def g_loss(fake):
     """-log D(G(.), t)  (eq. 4 and 6, in the form that does not saturate)."""
     return F.softplus(-fake).mean()
 
-
 def kl_loss(mu, log_sigma):
     """KL(N(mu, sigma^2) || N(0, 1)), the mean over dimensions (B, 128)  (eq. 2)."""
     return ((mu.square() + (2 * log_sigma).exp() - 1) / 2 - log_sigma).mean()
-
 
 # ---- Steps
 
 def d_step(D, opt_d, real, fake, t, t_wrong):
     """Update D. real, fake (B, 3, S, S); t, t_wrong (B, 1024).
 
-    The wrong pair is the same image with a caption of another class, so its features are shared.
+    Wrong pair: the same image with a caption of another class, so its features are shared.
     TensorFlow release: an image of another class; PyTorch release: the next caption of the batch,
-    with shared features as here. Stage-II of the PyTorch release also scores images alone; we follow.
-    Return loss, D(real), D(wrong), D(fake): if D ignores its text, D(wrong) equals D(real)."""
+    features shared. Stage-II of the PyTorch release also scores images alone; we follow. Return
+    loss, D(real), D(wrong), D(fake): a D that ignores its text has D(wrong) = D(real)."""
     h, h_fake = D.features(real), D.features(fake.detach())
     s_real, s_wrong, s_fake = D.score(h, t), D.score(h, t_wrong), D.score(h_fake, t)
     loss = d_loss(s_real, s_wrong, s_fake)
@@ -218,7 +205,6 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
     loss.backward()
     opt_d.step()
     return torch.stack((loss, *(s.sigmoid().mean() for s in (s_real, s_wrong, s_fake)))).detach()
-
 
 def g_step(D, opt_g, fake, t, kl):
     """Update G. fake = G(...) with its graph; t (B, 1024); kl = kl_loss of G. Return the loss.
@@ -236,23 +222,21 @@ def g_step(D, opt_g, fake, t, kl):
     D.requires_grad_(True)
     return loss.detach()
 
-
 @torch.no_grad()
 def update_ema(ema, G, decay):
-    """Move the average of G's weights and batch norm statistics: ema += (1 - decay) (G - ema)."""
+    """ema += (1 - decay) (G - ema), for weights and batch norm statistics."""
     pairs = zip(ema.state_dict().values(), G.state_dict().values())
     averages, values = zip(*((a, v) for a, v in pairs if a.is_floating_point()))
     torch._foreach_lerp_(averages, values, 1 - decay)
-
 
 def build(stage, ngf=128, ndf=64, size=256, num_residual=4, lr=2e-4, device="cpu"):
     """Return G, D of a stage and their optimizers: Adam 2e-4 (section 3.5), betas (0.5, 0.999)."""
     nets = ((Stage1(ngf), Discriminator(ndf, 64)) if stage == 1 else
             (Stage2(ngf, size, num_residual), Discriminator(ndf, size)))
     nets = [net.to(device, memory_format=torch.channels_last) for net in nets]
-    return *nets, *(torch.optim.Adam(net.parameters(), lr, (0.5, 0.999), fused="cuda" in str(device))
+    fused = "cuda" in str(device)
+    return *nets, *(torch.optim.Adam(net.parameters(), lr, (0.5, 0.999), fused=fused)
                     for net in nets)
-
 
 # ---- Training
 
@@ -268,9 +252,8 @@ def train(args, checkpoint):
             with common.main_process_first():
                 checkpoint = common.load_checkpoint(args.out_dir / "last.pt", "stackgan")
 
-
 def train_stage(args, checkpoint, stage):
-    """Train a stage, or resume. Write last.pt, log.csv and grids of samples to args.out_dir."""
+    """Train a stage, or resume; write last.pt, log.csv and grids of samples to args.out_dir."""
     size = 64 if stage == 1 else args.size
     with common.main_process_first():
         train_set, test_set = (data.load_dataset(args.data, split, size, args.root)
@@ -294,6 +277,7 @@ def train_stage(args, checkpoint, stage):
         start, sums = checkpoint["step"], checkpoint["sums"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
+    sums = sums.to(args.device)    # of losses since the epoch began
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
     if args.compile and common.world_size() == 1:    # synchronised batch norm breaks the graph
@@ -302,13 +286,13 @@ def train_stage(args, checkpoint, stage):
         D.features = torch.compile(D.features, dynamic=False)
         D.score = torch.compile(D.score, dynamic=False)
 
-    captions = test_set.first_captions(8)    # of the grids: a caption a row, a noise a column
-    grid_text = text_encoder.encode(captions).repeat_interleave(8, 0)
     stages = [ema] if stage == 1 else [G1, ema]
-    grid_noise = sample_noise(8, args.seed).repeat(len(captions), 1)
-    sums, num_steps, saved = sums.to(args.device), args.epochs * len(batches), 0
-    print(f"stackgan, Stage {stage}: {len(train_set)} images, {args.epochs} epochs of {len(batches)} steps, batch size"
-          f" {args.batch_size}, {args.device}; in {args.out_dir}")
+    captions = test_set.first_captions(8)    # a grid has a row a caption, a column a noise
+    grid = (sample_noise(8, args.seed).repeat(len(captions), 1),
+            text_encoder.encode(captions).repeat_interleave(8, 0))
+    num_steps, saved = args.epochs * len(batches), 0
+    print(f"Stage {stage}: {len(train_set)} images, {num_steps} steps, {args.device}; writing to "
+          f"{args.out_dir}")
     bar = data.Progress(num_steps * args.batch_size, "training", done=start * args.batch_size)
     stop = common.GracefulStop()
     for step in range(start, num_steps):
@@ -338,28 +322,27 @@ def train_stage(args, checkpoint, stage):
         if end_of_epoch or batch % 20 == 19:
             names = ("loss_g", "kl", "loss_d", "d_real", "d_wrong", "d_fake")
             means = dict(zip(names, (sums / (batch + 1)).tolist()))
-            bar.note = "  ".join(f"{name} {value:.2f}" for name, value in means.items())
+            bar.note = "  ".join(f"{name} {mean:.2f}" for name, mean in means.items())
         bar.update(args.batch_size)
         if end_of_epoch:
-            history.append({"stage": stage, "epoch": epoch + 1, **means})
             sums.zero_()
+            history.append({"stage": stage, "epoch": epoch + 1, **means})
             if args.eval_every and (epoch + 1) % args.eval_every == 0:
                 history[-1] |= evaluate(stages, text_encoder, test_set, args)
         last = stopping or step + 1 == num_steps
         if last or (end_of_epoch and time.time() - saved > 60):
             saved = time.time()
             common.save_grid(args.out_dir / f"stage{stage}_epoch_{epoch + 1:04}.png",
-                             generate(stages, grid_noise, grid_text), 8)
+                             generate(stages, *grid), 8)
             common.save_log(args.out_dir / "log.csv", history)
             common.save_checkpoint(args.out_dir / "last.pt", {
-                "kind": "stackgan", "stage": stage, "step": step + 1, "history": history, "sums": sums,
-                "args": {name: getattr(args, name) for name in FIXED}, "text_encoder": text_encoder,
-                **parts})
+                "kind": "stackgan", "stage": stage, "step": step + 1, "history": history,
+                "sums": sums, "args": {name: getattr(args, name) for name in FIXED},
+                "text_encoder": text_encoder, **parts})
         if stopping:
             return 128 + stop.signal
     if args.data == "toy":
         evaluate(stages, text_encoder, test_set, args)
-
 
 # ---- Sampling
 
@@ -371,24 +354,21 @@ def load_stage1(state, device):
     G1.load_state_dict(state["ema"] if state["stage"] == 1 else state["G1"])
     return G1.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
-
 def load_generator(path, device="cpu"):
     """Return [Stage-I, Stage-II if trained] and the text encoder of a checkpoint (or its path)."""
     state = path if isinstance(path, dict) else common.load_checkpoint(path, "stackgan")
     G = [load_stage1(state, device)]
     if state["stage"] == 2:
         args = state["args"]
-        G2 = Stage2(args["ngf"], args["size"], args["num_residual"])
-        G2.load_state_dict(state["ema"])
-        G.append(G2.to(device, memory_format=torch.channels_last).eval())
+        G.append(Stage2(args["ngf"], args["size"], args["num_residual"]).eval())
+        G[1].load_state_dict(state["ema"])
+        G[1].to(device, memory_format=torch.channels_last)
     text_encoder = common.text_encoder_from_state_dict(state["text_encoder"])
     return G, text_encoder.to(device)
-
 
 def sample_noise(n, seed=0):
     """Return z and eps of both stages (n, 100 + 128 + 128) from N(0, 1)."""
     return torch.randn(n, NZ + 2 * NC, generator=torch.Generator().manual_seed(seed))
-
 
 @torch.no_grad()
 def generate(G, noise, embeddings):
@@ -401,48 +381,43 @@ def generate(G, noise, embeddings):
         images.append(x.float())
     return torch.cat(images)
 
-
 def sample(args, checkpoint):
-    """Draw a grid: a row a caption. --interpolate: from caption A to B, a row a noise, or with
-    --interpolate-noise from noise to noise, a row a caption. --num-images: files, no grid."""
+    """Draw a grid: a row a caption. --interpolate: from caption A to B, a row a noise; with
+    --interpolate-noise: from noise to noise, a row a caption. --num-images: files, no grid."""
     G, text_encoder = load_generator(checkpoint, args.device)
     captions, n = args.sample or args.interpolate, args.samples_per_caption
     embeddings = text_encoder.encode_prompts(captions)
-    if args.num_images:
-        for caption, t in zip(captions, embeddings):
-            for i in range(args.num_images):
-                image = generate(G, sample_noise(1, args.seed * 2**20 + i), t[None])
-                common.save_grid(args.out_dir / common.slug([caption]) / f"{i:05}.png", image, 1)
-            print(f"{caption!r}: {args.out_dir / common.slug([caption])}")
-        return
-    alphas = torch.linspace(0, 1, n)[:, None]
+    path = args.out_dir / f"sample-{common.slug(captions)}-{args.seed}.png"
     noise = sample_noise(n, args.seed).repeat(len(captions), 1)
-    t = embeddings.repeat_interleave(n, 0)
+    t, alphas = embeddings.repeat_interleave(n, 0), torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
         noise = torch.lerp(noise[:1], noise[1:2], alphas).repeat(2, 1)
     elif args.interpolate:
         noise = sample_noise(4, args.seed).repeat_interleave(n, 0)
         t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
-    kind = "sample" if args.sample else "noise" if args.interpolate_noise else "captions"
-    path = args.out_dir / f"{kind}-{common.slug(captions)}-{args.seed}.png"
-    images = generate(G, noise, t)
-    if len(G) == 2:    # a row of sketches above each row of images
-        s0 = F.interpolate(generate(G[:1], noise, t), size=images.shape[2:])
-        images = torch.stack((s0.unflatten(0, (-1, n)), images.unflatten(0, (-1, n))), 1)
-        images = images.flatten(0, 2)
-    common.save_grid(path, images, n)
+    if args.num_images:
+        path = path.with_suffix("")
+        for i in range(args.num_images * len(captions)):
+            noise = sample_noise(1, args.seed * 2**20 + i)
+            image = generate(G, noise, embeddings[i % len(captions), None])
+            common.save_grid(path / f"{i:05}.png", image, 1)
+    else:
+        images = generate(G, noise, t)
+        if len(G) == 2:    # a row of sketches above each row of images
+            s0 = F.interpolate(generate(G[:1], noise, t), size=images.shape[2:])
+            rows = (s0.unflatten(0, (-1, n)), images.unflatten(0, (-1, n)))
+            images = torch.stack(rows, 1).flatten(0, 2)
+        common.save_grid(path, images, n)
     print(*map(repr, captions), path, sep="\n")
-
 
 def evaluate(G, text_encoder, test_set, args):
     """Return metrics of --fid-samples images as a dict."""
     t = common.embed_captions(text_encoder, test_set)
     captions = common.evaluation_captions(test_set, args.fid_samples)
     images = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
-    groups = (generate(G, sample_noise(8, i), t[i].expand(8, -1)) for i in range(min(50, len(t))))
+    groups = (generate(G, sample_noise(8, i), t[[i] * 8]) for i in range(min(50, len(t))))
     return common.evaluate(images, captions, groups, test_set, args.device,
                            args.r_precision_encoder)
-
 
 # ---- Command line
 
@@ -454,7 +429,6 @@ PRESETS = {
                  lr_decay_epochs=20)}
 FIXED = ("data", "size", "ngf", "ndf", "num_residual", "batch_size", "lr", "lr_decay_epochs", "ema",
          "captions_per_image", "seed")
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser("stackgan.py", description=__doc__.split("\n")[0])
@@ -478,7 +452,6 @@ def main(argv=None):
     G = G[:args.stage]
     test_set = data.load_dataset(args.data, "test", args.size if len(G) == 2 else 64, args.root)
     evaluate(G, text_encoder, test_set, args)
-
 
 if __name__ == "__main__":
     sys.exit(common.run(main) if common else "training and sampling need common.py and data.py")
