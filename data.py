@@ -1,165 +1,138 @@
 """Captioned image datasets for text-to-image GANs.
 
-    train_set = load_dataset("flowers", "train", size=64)    # downloaded and decoded once
+    train_set = load_dataset("flowers", "train", size=64)
     batches = Batches(train_set, batch_size=64, device="cuda")
-    images, captions, wrong = batches(step=0)                # a pure function of (seed, step)
+    images, captions, wrong = batches(step=0)
 
-toy, flowers (Oxford-102), cub (CUB-200-2011), coco (COCO 2014), or the path of a folder with
-photo.jpg beside photo.txt, one caption a line. In toy, flowers and cub the test classes are unseen.
+toy, flowers (Oxford-102), cub (CUB-200-2011), coco (COCO 2014), or a folder of photo.jpg beside
+photo.txt, one caption a line. In toy, flowers and cub the test classes are unseen.
 """
 import contextlib
 import hashlib
 import itertools
 import json
-import math
 import os
+import shutil
 import sys
-import tarfile
 import tempfile
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-
 class UserError(Exception):
-    """A mistake that the user can correct: one line on stderr and exit status 2."""
-
+    """A mistake that the user can correct."""
 
 class Record(NamedTuple):
-    path: Path | None           # None: a toy flower, rendered from `attributes`
+    path: Path | None    # None: a toy flower, drawn from its attributes
     captions: list
-    label: int | str            # class
-    bbox: tuple | None = None   # left, top, right, bottom
+    label: int | str
+    bbox: tuple | None = None    # left, top, right, bottom
     attributes: dict | None = None
 
-
 class Progress:
-    """Print progress, rate and time left on stderr; without a terminal, every 30 seconds."""
+    """Print progress and time left on stderr; without a terminal, every 30 seconds."""
 
     def __init__(self, total, label, unit="images", done=0):
         self.total, self.label, self.unit, self.done, self.first = total, label, unit, done, done
+        self.start = self.shown = time.time()
         self.note = ""
-        self.terminal, self.start = sys.stderr.isatty(), time.time()
-        self.shown = self.start
 
     def update(self, n=1):
         self.done += n
-        now, end = time.time(), self.done >= self.total
-        if end or now - self.shown > (0.2 if self.terminal else 30):
+        now, end, terminal = time.time(), self.done >= self.total, sys.stderr.isatty()
+        if end or now - self.shown > (0.2 if terminal else 30):
             self.shown = now
-            rate = (self.done - self.first) / max(now - self.start, 1e-9)
-            left = int((self.total - self.done) / max(rate, 1e-9))
-            print(f"\r{self.label} {self.done / self.total:4.0%}  {rate:.1f} {self.unit}/s  "
-                  f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left  {self.note}  ",
-                  end="" if self.terminal and not end else "\n", file=sys.stderr, flush=True)
-
+            rate = (self.done - self.first) / (now - self.start + 1e-9)
+            left = timedelta(seconds=(self.total - self.done) // rate)
+            print(f"\r{self.label} {self.done / self.total:4.0%}  {rate:.1f} {self.unit}/s  {left} "
+                  f"left  {self.note}  ", end="" if terminal and not end else "\n",
+                  file=sys.stderr, flush=True)
 
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a temporary path beside `path`: renamed to `path` on success, deleted on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    part = Path(f"{path}.part{os.getpid()}")
     try:
         yield part
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
 
 # ---- Datasets
 
 def fetch(url, folder, name, md5=None):
-    """Return folder/name; download the archive `url` and extract its directory `name` if need be."""
+    """Return folder/name; if it is missing, download and extract the archive `url`."""
     from torchvision.datasets.utils import download_url
-    archive = folder / Path(url.split("?")[0]).name
-    if not (folder / name).exists():
-        try:
-            if not archive.exists() or md5:    # an archive that exists is only verified
-                download_url(url, folder, archive.name, md5)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                if archive.suffix == ".zip":
-                    zipfile.ZipFile(archive).extractall(temporary)
-                else:
-                    with tarfile.open(archive) as tar:
-                        tar.extractall(temporary, filter="data")    # refuses paths that lead outside
-                found = [p for p in Path(temporary).rglob(name) if "__MACOSX" not in p.parts]
-                found[0].rename(folder / name)
-        except Exception as error:    # urllib, zlib, zipfile and tarfile have errors of their own
-            raise UserError(f"cannot get {name} from {url} ({error}); fetch {archive} by hand, or "
-                            f"delete it if it is damaged") from None
-    return folder / name
-
-
-def find_captions(folder):
-    """Return the directory of Reed's captions, extracted from his archive if need be, or None."""
-    for archive in folder.glob("cvpr2016_*.tar.gz"):
-        return fetch(archive.name, folder, "text_c10")
-    return next((p for p in (folder / "text_c10", folder / "text") if p.exists()), None)
-
+    archive, target = folder / Path(url).name, folder / name
+    if target.exists():
+        return target
+    try:
+        download_url(url, folder, archive.name, md5)    # only verifies an archive that exists
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            # "data" refuses paths that lead outside; shutil skips those of a zip file
+            options = {} if archive.suffix == ".zip" else {"filter": "data"}
+            shutil.unpack_archive(archive, temporary, **options)
+            min(Path(temporary).rglob(name), key=lambda path: len(path.parts)).rename(target)
+    except Exception as error:    # many libraries, many types
+        raise UserError(f"cannot get {name} from {url} ({error}); fetch {archive} by hand, or "
+                        "delete it if it is damaged") from None
+    return target
 
 def read_captions(path):
-    """Return the captions of a text file, one a line; [] if the file does not exist."""
+    """Return the lines of a text file; [] if the file does not exist."""
     text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
     return [line.strip() for line in text.replace("\0", "").splitlines() if line.strip()]
 
-
 def flowers(folder, split):
-    """Oxford-102, zero-shot split of Reed et al.: 7,034 training and 1,155 test images."""
-    captions = find_captions(folder)
-    if captions is None:    # Google Drive wants a browser
-        raise UserError("the captions of flowers need a browser: open https://drive.google.com/file"
-                        "/d/0B0ywwgffWnLLcms2WWJQRFNSWXM/view?resourcekey=0-Av8zFbeDDvNcF1sSjDR32w"
-                        f" and save cvpr2016_flowers.tar.gz in {folder}")
+    """Oxford-102, zero-shot split of Reed et al.: 7,034 and 1,155 images."""
+    archive = folder / "cvpr2016_flowers.tar.gz"
+    if not archive.exists() and not (folder / "text_c10").exists():
+        raise UserError(f"save {archive} with a browser from https://drive.google.com/file/d/"
+                        "0B0ywwgffWnLLcms2WWJQRFNSWXM/view?resourcekey=0-Av8zFbeDDvNcF1sSjDR32w")
+    captions = fetch(archive.name, folder, "text_c10")
     images = fetch("https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", folder,
                    "jpg", "52808999861908f626f3c1f4e79d11fa")
-    records = []
-    for path in sorted(captions.glob("class_*/image_*.txt")):
-        label = int(path.parent.name[6:])
-        if (label <= 20) == (split == "test"):
-            records.append(Record(images / f"{path.stem}.jpg", read_captions(path), label))
-    return records
-
+    return [Record(images / f"{path.stem}.jpg", read_captions(path), path.parent.name)
+            for path in sorted(captions.glob("class_*/image_*.txt"))
+            if (path.parent.name <= "class_00020") == (split == "test")]
 
 CUB_TEST = {    # the 50 test classes of Reed et al.
     1, 4, 6, 8, 9, 14, 23, 29, 31, 33, 34, 35, 36, 37, 38, 43, 49, 51, 53, 66, 72, 79, 83, 84, 86,
     91, 95, 96, 98, 101, 102, 103, 112, 114, 119, 121, 130, 135, 138, 147, 156, 163, 165, 166, 180,
     183, 185, 186, 187, 197}
 
-
 def cub(folder, split):
-    """CUB-200-2011, zero-shot split of Reed et al.: 8,855 training and 2,933 test images."""
-    base = fetch("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
-                 folder, "CUB_200_2011", "97eceeb196236b17998738112f37df78")
-    captions = find_captions(folder) or fetch(
-        "https://huggingface.co/datasets/alkzar90/CC6204-Hackaton-Cub-Dataset/resolve/main/data/"
-        "text.zip", folder, "text")
-    names, boxes = ([line.split()[1:] for line in (base / file).read_text().splitlines()]
-                    for file in ("images.txt", "bounding_boxes.txt"))
+    """CUB-200-2011, zero-shot split of Reed et al.: 8,855 and 2,933 images."""
+    base = fetch("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", folder,
+                 "CUB_200_2011", "97eceeb196236b17998738112f37df78")
+    name = "text_c10" if (folder / "text_c10").exists() else "text"    # Reed's archive or a copy
+    captions = fetch("https://huggingface.co/datasets/alkzar90/CC6204-Hackaton-Cub-Dataset/resolve/"
+                     "main/data/text.zip", folder, name)
+    names = np.loadtxt(base / "images.txt", str)[:, 1]
+    boxes = np.loadtxt(base / "bounding_boxes.txt").astype(int)
     records = []
-    for (name,), box in zip(names, boxes):
+    for name, (_, x, y, w, h) in zip(names, boxes):
         label = int(name[:3])
         if (label in CUB_TEST) == (split == "test"):
-            # The crop of StackGAN, AttnGAN and DF-GAN: a square about the middle of the bounding
-            # box, 1.5 times its longer side. Released GAN-CLS: the whole image.
-            x, y, w, h = (int(float(v)) for v in box)
-            r, cx, cy = int(max(w, h) * 0.75), (2 * x + w) // 2, (2 * y + h) // 2
+            # StackGAN, DF-GAN: a square of 1.5 times the bounding box's longer side, about its
+            # middle; released GAN-CLS: the whole image; we follow StackGAN.
+            cx, cy, r = x + w // 2, y + h // 2, int(max(w, h) * 0.75)
+            bbox = cx - r, cy - r, cx + r, cy + r
             text = read_captions((captions / name).with_suffix(".txt"))
-            records.append(Record(base / "images" / name, text, label,
-                                  (cx - r, cy - r, cx + r, cy + r)))
+            records.append(Record(base / "images" / name, text, label, bbox))
     return records
 
-
 def coco(folder, split):
-    """COCO 2014, first five captions: train2014 (82,783 images) and val2014 (40,504)."""
-    part, md5 = (("train2014", "0da8c0bd3d6becc4dcb32757491aca88") if split == "train" else
-                 ("val2014", "a3d79f5ed8d289b7a7554ce06a5782b3"))
+    """COCO 2014, first five captions of each image: 82,783 and 40,504 images."""
+    part, md5 = {"train": ("train2014", "0da8c0bd3d6becc4dcb32757491aca88"),
+                 "test": ("val2014", "a3d79f5ed8d289b7a7554ce06a5782b3")}[split]
     url = "http://images.cocodataset.org/"    # https fails: its certificate is not valid
     notes = fetch(url + "annotations/annotations_trainval2014.zip", folder, "annotations",
                   "0a379cfc70b0e71301e0f377548639bd")
@@ -171,56 +144,49 @@ def coco(folder, split):
     return [Record(images / image["file_name"], captions[image["id"]][:5], image["id"])
             for image in table["images"]]
 
-
 def image_folder(folder, split):
     """A folder. Every tenth image is a test image; below 20, all are training and test images."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; --data takes toy, flowers, cub, coco or a folder")
-    suffixes = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
-    records = [Record(p, read_captions(p.with_suffix(".txt")), str(p.parent)) for p in paths]
+    records = [Record(path, read_captions(path.with_suffix(".txt")), str(path.parent))
+               for path in sorted(folder.rglob("*")) if path.suffix.lower() in
+               (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif")]
     captioned = [r for r in records if r.captions]
     print(f"{folder}: {len(captioned)} of {len(records)} images have captions")
     if len(captioned) < 2:
-        raise UserError(f"{folder} needs 2 or more captioned images, photo.jpg beside photo.txt")
+        raise UserError(f"the folder {folder} needs 2 or more captioned images, photo.jpg beside "
+                        "photo.txt; or use --data toy, flowers, cub or coco")
     if len(captioned) < 20:
         return captioned
     return [r for i, r in enumerate(captioned) if (i % 10 == 9) == (split == "test")]
 
-
 # ---- Toy flowers
 
-PETALS = {"red": (205, 30, 45), "pink": (245, 140, 185), "orange": (245, 125, 25),
-          "yellow": (245, 215, 50), "white": (242, 240, 235), "purple": (125, 45, 165),
-          "blue": (50, 85, 215), "turquoise": (45, 195, 190)}
-CENTRES = {"yellow": (250, 205, 40), "white": (250, 248, 240), "brown": (95, 55, 25),
-           "green": (105, 160, 45)}
-BACKGROUNDS = {"leaves": (30, 62, 34), "soil": (112, 86, 66), "sky": (175, 200, 222)}
-PETAL_COUNTS = {"four": 4, "five": 5, "six": 6, "eight": 8}
-TEMPLATES = ["a {petal} flower with {count} petals and a {centre} centre",
-             "{count} {petal} petals, {centre} in the middle, {background} behind",
-             "the petals are {petal} and the centre is {centre}",
-             "this flower has {count} {petal} petals around a {centre} centre",
-             "a {petal} flower before {background}",
-             "{petal} flower"]
-
+PETALS = dict(
+    red=(205, 30, 45), pink=(245, 140, 185), orange=(245, 125, 25), yellow=(245, 215, 50),
+    white=(242, 240, 235), purple=(125, 45, 165), blue=(50, 85, 215), turquoise=(45, 195, 190))
+CENTRES = dict(
+    yellow=(250, 205, 40), white=(250, 248, 240), brown=(95, 55, 25), green=(105, 160, 45))
+BACKGROUNDS = dict(leaves=(30, 62, 34), soil=(112, 86, 66), sky=(175, 200, 222))
+PETAL_COUNTS = dict(four=4, five=5, six=6, eight=8)
+TEMPLATES = [
+    "a {petal} flower with {count} petals and a {centre} centre",
+    "{count} {petal} petals, {centre} in the middle, {background} behind",
+    "the petals are {petal} and the centre is {centre}",
+    "this flower has {count} {petal} petals around a {centre} centre",
+    "a {petal} flower before {background}",
+    "{petal} flower"]
 
 def toy(folder, split):
-    """Rendered flowers, 40 of each petal colour, centre colour and petal count. Each petal colour
-    is seen with one centre colour in the test set only."""
-    rng = np.random.default_rng([0, split == "test"])
-    records = []
-    for petal, centre, count in itertools.product(PETALS, CENTRES, PETAL_COUNTS):
-        test = (list(PETALS).index(petal) + list(CENTRES).index(centre)) % 4 == 0
-        if petal != centre and test == (split == "test"):
-            for _ in range(40):
-                attributes = dict(petal=petal, centre=centre, count=count,
-                                  background=str(rng.choice(list(BACKGROUNDS))),
-                                  seed=int(rng.integers(2**31)))
-                captions = [t.format(**attributes) for t in rng.choice(TEMPLATES, 4, replace=False)]
-                records.append(Record(None, captions, petal + centre + count, None, attributes))
+    """Flowers, 40 of each combination; of each petal colour, one centre is in the test set only."""
+    records, rng = [], np.random.default_rng([0, split == "test"])
+    for (i, petal), (j, centre), count, _ in itertools.product(
+            enumerate(PETALS), enumerate(CENTRES), PETAL_COUNTS, range(40)):
+        if petal != centre and ((i + j) % 4 == 0) == (split == "test"):
+            attributes = dict(
+                petal=petal, centre=centre, count=count, background=str(rng.choice([*BACKGROUNDS])),
+                seed=int(rng.integers(2**31)))
+            captions = [t.format(**attributes) for t in rng.choice(TEMPLATES, 4, replace=False)]
+            records.append(Record(None, captions, petal + centre + count, None, attributes))
     return records
-
 
 def render_flower(attributes, side):
     """Return one toy flower, (side, side, 3) uint8."""
@@ -238,36 +204,32 @@ def render_flower(attributes, side):
         image += mask * (np.array(colour) * light[..., None] + rng.normal(0, 7, 3) - image)
     return np.clip(image + rng.normal(0, 2, image.shape), 0, 255).astype(np.uint8)
 
-
 def classify_toy(images):
-    """Return petal colour, centre colour and petal count shown by images (B, 3, S, S) in [-1, 1].
+    """Return petal colour, centre colour and petal count of images (B, 3, S, S) in [-1, 1].
 
-    Colours by majority in the ring of the petals and in the middle. Count: the k with the largest
-    Fourier component exp(i k angle) of the petals' shape."""
-    pixels = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1)
-    grid = torch.linspace(-0.5, 0.5, images.shape[-1])
-    y, x = torch.meshgrid(grid, grid, indexing="ij")
-    r = torch.hypot(x, y)
+    Colours: by majority. Count: the largest Fourier component of the petals' mask."""
+    pixels = (images.float().cpu().permute(0, 2, 3, 1) + 1) * 127.5
+    axis = torch.linspace(-0.5, 0.5, images.shape[-1])
+    position = axis + 1j * axis[:, None]
+    r = position.abs()
 
     def nearest(pixels, colours):
-        return torch.cdist(pixels, torch.tensor([*colours.values()], dtype=torch.float)).argmin(-1)
+        return torch.cdist(pixels, torch.tensor([*colours.values()]).float()).argmin(-1)
 
-    colour = nearest(pixels, PETALS | BACKGROUNDS)                                  # (B, S, S)
-    petal = colour[:, (r > 0.13) & (r < 0.2)].mode(1).values
-    centre = nearest(pixels[:, r < 0.06], CENTRES).mode(1).values
-    shape = ((colour == petal[:, None, None]) & (r < 0.48)).float()
-    area = shape.sum((1, 2), keepdim=True).clamp(min=1)
-    cx, cy = ((shape * axis).sum((1, 2), keepdim=True) / area for axis in (x, y))
-    wave = torch.exp(1j * torch.atan2(y - cy, x - cx))
-    count = torch.stack([(shape * wave ** k).sum((1, 2)).abs() for k in PETAL_COUNTS.values()], 1)
+    colour = nearest(pixels, PETALS | BACKGROUNDS)    # (B, S, S)
+    petal = colour[:, (r > 0.13) & (r < 0.2)].mode(1)[0]
+    centre = nearest(pixels[:, r < 0.06], CENTRES).mode(1)[0]
+    mask = (colour == petal[:, None, None]) & (r < 0.48)
+    middle = (mask * position).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+    wave = mask * (position - middle[:, None, None]).sgn()    # exp(i angle)
+    count = torch.stack([(wave ** k).sum((1, 2)).abs() for k in PETAL_COUNTS.values()], 1)
     return [dict(petal=[*PETALS, *BACKGROUNDS][p], centre=[*CENTRES][c], count=[*PETAL_COUNTS][k])
             for p, c, k in zip(petal, centre, count.argmax(1))]
-
 
 # ---- Images
 
 def load_image(record, side):
-    """Return an image, (3, side, side) uint8: the bounding box, if any, then the central square.
+    """Return the central square of an image or its bounding box, (3, side, side) uint8.
 
     Released code: GAN-CLS and StackGAN squash to a square; DF-GAN crops from the full rectangle."""
     if record.path is None:
@@ -275,174 +237,137 @@ def load_image(record, side):
     try:
         image = ImageOps.exif_transpose(Image.open(record.path))
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         if record.bbox:
-            left, top, right, bottom = record.bbox
-            image = image.crop((max(0, left), max(0, top),
-                                min(right, image.width), min(bottom, image.height)))
-        image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
-    except Exception as error:    # Pillow raises errors of many types on damaged files
+            image = image.crop(np.clip(record.bbox, 0, image.size * 2).tolist())
+        image = ImageOps.fit(image.convert("RGB"), (side, side), Image.BILINEAR)
+    except Exception as error:    # Pillow raises many types
         raise UserError(f"cannot read the image {record.path} ({error}); remove it") from None
     return np.asarray(image).transpose(2, 0, 1)
-
 
 def load_images(records, side, label):
     """Decode images in parallel and yield them in blocks, (n, 3, side, side) uint8."""
     bar = Progress(len(records), label)
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(records), 64):
-            block = records[i:i + 64]
-            yield np.stack(list(pool.map(lambda r: load_image(r, side), block)))
+            block = [*pool.map(lambda r: load_image(r, side), records[i:i + 64])]
+            yield np.stack(block)
             bar.update(len(block))
-
-
-def memmap_tensor(path, shape, dtype=torch.uint8):
-    """Map a file into memory as a tensor."""
-    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-
 
 class CaptionDataset:
     """Images with captions.
 
-    images   (N, 3, L, L) uint8, memory-mapped    captions         a list of M captions
-    classes  (N,) 0..C-1                          caption_offsets  (N + 1,); image i has captions
-    size     S in pixels; L = 76/64 S                              offsets[i]:offsets[i + 1]
-    """
+    images: (N, 3, L, L) uint8, memory-mapped; L = 76/64 size. classes: (N,) in 0..C-1.
+    captions: a list; image i has caption_counts[i] from caption_offsets[i] on."""
 
-    def __init__(self, name, split, size, records, cache_dir):
-        if not records:
-            raise UserError(f"{name} has no {split} images")
-        self.name, self.split, self.size, self.records = name, split, size, records
-        files = [(r.path, r.path and r.path.exists() and r.path.stat().st_mtime_ns, r.attributes)
-                 for r in records]
-        key = hashlib.sha256(repr(files).encode(errors="replace")).hexdigest()[:16]
-        self.cache = cache_dir / f"{Path(name).name}-{split}-{key}"    # the start of file names
-        side = math.ceil(size * 76 / 64)
+    def __init__(self, name, split, size, records):
+        self.name, self.size, self.records = name, size, records
+        files = [(r.path, r.path and r.path.stat().st_mtime_ns, r.attributes) for r in records]
+        key = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+        self.cache = f"datasets/cache/{Path(name).name}-{split}-{key}"
+        side = size * 76 // 64
         decoded = Path(f"{self.cache}-{side}px.u8")
         if not decoded.exists():
             with atomic_write(decoded) as part, open(part, "wb") as file:
                 for block in load_images(records, side, f"decoding {decoded.name}"):
                     file.write(block.tobytes())
-        self.images = memmap_tensor(decoded, (len(records), 3, side, side))
-
-        labels = [r.label for r in records]
-        if len(set(labels)) == 1:    # no classes: every image is a class of its own
-            labels = range(len(labels))
-        numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-        self.classes = torch.tensor([numbers[label] for label in labels])
+        shape = len(records), 3, side, side
+        self.images = torch.from_numpy(np.memmap(decoded, mode="c", shape=shape))
+        numbers = {}
+        self.classes = torch.tensor([numbers.setdefault(r.label, len(numbers)) for r in records])
+        if len(numbers) == 1:    # no classes: each image is one
+            self.classes = torch.arange(len(records))
         self.captions = [caption for r in records for caption in r.captions]
-        counts = torch.tensor([len(r.captions) for r in records])
-        self.caption_offsets = F.pad(counts.cumsum(0), (1, 0))
-        self.caption_owners = torch.arange(len(records)).repeat_interleave(counts)
+        self.caption_counts = torch.tensor([len(r.captions) for r in records])
+        self.caption_offsets = self.caption_counts.cumsum(0) - self.caption_counts
+        self.caption_owners = torch.arange(len(records)).repeat_interleave(self.caption_counts)
 
     def __len__(self):
         return len(self.records)
 
     def center_crop(self, index):
-        """Return the central crops of images `index` (B,): (B, 3, S, S) in [-1, 1]."""
+        """Return the central crops of images, (B,) -> (B, 3, S, S) in [-1, 1]."""
         a = (self.images.shape[-1] - self.size) // 2
         return self.images[index, :, a:a + self.size, a:a + self.size].float() / 127.5 - 1
 
     def first_captions(self, n):
         """Return the first captions of n images, spread over the dataset."""
-        offsets = self.caption_offsets[:-1:max(1, len(self) // n)][:n]
-        return [self.captions[i] for i in offsets]
+        return [self.captions[i] for i in self.caption_offsets[::max(1, len(self) // n)][:n]]
 
-
-DATASETS = {"toy": toy, "flowers": flowers, "cub": cub, "coco": coco}
-
+DATASETS = dict(toy=toy, flowers=flowers, cub=cub, coco=coco)
 
 def dataset_id(name):
     """Return the name of a dataset, or the absolute path of a folder."""
     return name if name in DATASETS else str(Path(name).resolve())
 
-
-def load_dataset(name, split="train", size=64, root="datasets", cache_dir="datasets/cache"):
-    """Return the CaptionDataset of a name (its files are in root/name) or of a folder's path.
-
-    Downloads what is missing. split: "train" or "test". size: S in pixels."""
-    folder = Path(root) / name if name in DATASETS else Path(name)
-    records = DATASETS.get(name, image_folder)(folder.resolve(), split)
-    return CaptionDataset(name, split, size, records, Path(cache_dir))
-
+def load_dataset(name, split="train", size=64, root="datasets"):
+    """Return the "train" or "test" images of a dataset in root/name, or of a folder; size: S."""
+    folder = Path(root, dataset_id(name)).resolve()    # a folder's id is an absolute path
+    records = DATASETS.get(name, image_folder)(folder, split)
+    return CaptionDataset(name, split, size, records)
 
 # ---- Batches
 
 def sample_other_class(by_class, counts, classes, k, rng):
     """Return (B, k) items drawn uniformly from all classes but `classes` (B,).
 
-    by_class: all items in the order of their classes; counts (C,): items of each class."""
-    size, start = counts[classes][:, None], (counts.cumsum(0) - counts)[classes][:, None]
-    pick = torch.rand(len(classes), k, generator=rng, dtype=torch.double)
-    pick = (pick * (len(by_class) - size)).long()
-    return by_class[pick + size * (pick >= start)]    # skips the items of the own class
-
+    by_class: all items, sorted by class. counts: (C,), items of each class."""
+    size = counts[classes, None]
+    start = counts.cumsum(0)[classes, None] - size
+    uniform = torch.rand(len(classes), k, generator=rng, dtype=torch.double)
+    pick = (uniform * (len(by_class) - size)).long()
+    return by_class[pick + size * (pick >= start)]    # skips the own class
 
 class Batches:
     """Random batches as a pure function of (seed, step): a resumed run sees the same ones.
 
-    An epoch is a permutation of the images in len(self) batches. Each of several processes gets its
-    rows `part` of the joint batch. Images that fit into a third of the GPU's memory stay there."""
+    An epoch is a permutation of the images. Each process gets its part of a batch. Images that fit
+    into a third of the GPU's memory stay there."""
 
     def __init__(self, dataset, batch_size, seed=0, device="cpu", captions_per_image=1, rank=0,
                  world_size=1):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.device, self.captions_per_image = torch.device(device), captions_per_image
-        share = batch_size // world_size
-        self.part = slice(rank * share, (rank + 1) * share)
-        self.images, self.epoch = dataset.images, None
+        self.rank, self.world_size, self.images = rank, world_size, dataset.images
         if self.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.device).total_memory
-            if self.images.numel() < memory / 3:
+            if self.images.numel() < torch.cuda.mem_get_info(self.device)[1] / 3:
                 self.images = self.images.to(self.device)
-        self.by_class = dataset.classes.argsort(stable=True)
-        self.class_counts = dataset.classes.bincount()
-        self.caption_counts = dataset.caption_offsets.diff()
+        self.by_class = dataset.classes.argsort(stable=True), dataset.classes.bincount()
 
     def __len__(self):
         return max(1, len(self.dataset) // self.batch_size)
 
     def __call__(self, step):
-        """Return images (B, 3, S, S) in [-1, 1], the numbers of k captions of each image (B, k),
-        and of k captions of an image of another class (B, k)."""
+        """Return images (B, 3, S, S) in [-1, 1], the numbers (B, k) of k captions of each, and of k
+        of an image of another class."""
         epoch, batch = divmod(step, len(self))
-        if epoch != self.epoch:
-            rng = torch.Generator().manual_seed(self.seed * 2**20 + epoch)
-            order = torch.randperm(len(self.dataset), generator=rng)
-            self.order = order.repeat(math.ceil(self.batch_size / len(order)))
-            self.epoch = epoch
-        index = self.order[batch * self.batch_size:(batch + 1) * self.batch_size]
-        rng = torch.Generator().manual_seed((self.seed * 2**20 + step) ^ 0x5DEECE66D)
-        classes = self.dataset.classes[index]
-        other = sample_other_class(self.by_class, self.class_counts, classes, 1, rng)[:, 0]
-        margin = self.images.shape[-1] - self.dataset.size
-        corner = torch.randint(margin + 1, (len(index), 2), generator=rng)
+        rng, size = torch.Generator().manual_seed(self.seed * 2**20 + epoch), self.dataset.size
+        order = torch.randperm(len(self.dataset), generator=rng)
+        index = order[(batch * self.batch_size + torch.arange(self.batch_size)) % len(order)]
+        rng.manual_seed((self.seed * 2**20 + step) ^ 0x5DEECE66D)
+        other = sample_other_class(*self.by_class, self.dataset.classes[index], 1, rng)[:, 0]
+        corner = torch.randint(self.images.shape[-1] - size + 1, (len(index), 2), generator=rng)
         flip = torch.randint(2, (len(index), 1), generator=rng)
-        captions, wrong = self.sample_captions(index, rng), self.sample_captions(other, rng)
-
-        # One asynchronous copy: separate copies block the host seven times a step.
-        packed = torch.cat((index[:, None], corner, flip, captions, wrong), 1)[self.part]
-        if self.device.type == "cuda":
-            packed = packed.pin_memory()
-        on_device = packed.to(self.device, non_blocking=True)
-        crops = (on_device if self.images.device.type == self.device.type else packed)[:, :4]
-        return self.random_crops(crops), *on_device[:, 4:].chunk(2, 1)
-
-    def sample_captions(self, index, rng):
-        """Return k captions of each image, (B, k); different ones as far as the image has them."""
-        count, k = self.caption_counts[index][:, None], self.captions_per_image
-        width = max(int(self.caption_counts.max()), k)
-        order = torch.rand(len(index), width, generator=rng) + (torch.arange(width) >= count)
-        return self.dataset.caption_offsets[index][:, None] + order.argsort(1)[:, :k] % count
-
-    def random_crops(self, crops):
-        """Return crops of images: (B, 4) of image, top, left, flip -> (B, 3, S, S) in [-1, 1]."""
-        index, top, left, flip = crops.unbind(1)
-        size = self.dataset.size
+        crops = torch.cat((index[:, None], corner, flip), 1)
+        rows = crops, self.sample_captions(index, rng), self.sample_captions(other, rng)
+        crops, captions, wrong = (x.chunk(self.world_size)[self.rank] for x in rows)
+        index, top, left, flip = (self.to_device(crops) if self.images.is_cuda else crops).T
         windows = self.images.unfold(2, size, 1).unfold(3, size, 1)    # a view of all crops
         images = windows[index, :, top, left]
         images = torch.where(flip.bool()[:, None, None, None], images.flip(3), images)
-        if self.device.type == "cuda" and not images.is_cuda:
-            images = images.pin_memory()
-        return images.to(self.device, non_blocking=True).float().div_(127.5).sub_(1)
+        images = self.to_device(images).float().div_(127.5).sub_(1)
+        return images, self.to_device(captions), self.to_device(wrong)
+
+    def sample_captions(self, index, rng):
+        """Return k captions of each image, (B, k), different ones while they last."""
+        counts, k = self.dataset.caption_counts, self.captions_per_image
+        width, count = max(int(counts.max()), k), counts[index, None]
+        order = torch.rand(len(index), width, generator=rng) + (torch.arange(width) >= count)
+        return self.dataset.caption_offsets[index, None] + order.argsort(1)[:, :k] % count
+
+    def to_device(self, x):
+        """Copy a tensor to the device; to a GPU, without blocking."""
+        if self.device.type == "cuda" and not x.is_cuda:
+            x = x.pin_memory()
+        return x.to(self.device, non_blocking=True)

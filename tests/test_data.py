@@ -13,26 +13,25 @@ from PIL import Image
 import data
 from conftest import equal, shared
 
-NOISE = np.random.default_rng(0).integers(0, 256, (12, 70, 80, 3), np.uint8)
+NOISE = np.random.default_rng(0).integers(0, 256, (12, 3, 70, 80), np.uint8)    # 12 images
 
 
 def png(i):
-    """Return a file of image i, 80 x 70 pixels of noise, without loss."""
-    Image.fromarray(NOISE[i % 12]).save(file := io.BytesIO(), "PNG")
+    Image.fromarray(NOISE[i % 12].transpose(1, 2, 0)).save(file := io.BytesIO(), "PNG")
     return file.getvalue()
 
 
 def pack(path, files):
     """Write a .zip, .tgz or .tar.gz of {name: bytes}."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") if path.suffix == ".zip" else tarfile.open(path, "w:gz") as file:
+    with zipfile.ZipFile(path, "w") if path.suffix == ".zip" else tarfile.open(path, "w:gz") as out:
         for name, content in files.items():
             if path.suffix == ".zip":
-                file.writestr(name, content)
+                out.writestr(name, content)
             else:
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
-                file.addfile(member, io.BytesIO(content))
+                out.addfile(member, io.BytesIO(content))
 
 
 def load_folder(name, captions):
@@ -46,32 +45,33 @@ def load_folder(name, captions):
 
 
 def test_toy_split_and_classifier():
-    train, test = (data.toy(None, split) for split in ("train", "test"))
-    pairs = [{(r.attributes["petal"], r.attributes["centre"]) for r in s} for s in (train, test)]
-    assert not pairs[0] & pairs[1] and {petal for petal, _ in pairs[1]} == set(data.PETALS)
-    records = train[::10] + test[::4]
-    images = torch.from_numpy(np.concatenate([*data.load_images(records, 64, "toy")]))
-    shown = data.classify_toy(images / 127.5 - 1)
-    for name in ("petal", "centre", "count"):
-        assert np.mean([s[name] == r.attributes[name] for s, r in zip(shown, records)]) >= 0.99
+    train, test = data.toy(None, "train"), data.load_dataset("toy", "test", 64)
+    pairs = [{(r.attributes["petal"], r.attributes["centre"]) for r in records}
+             for records in (train, test.records)]
+    assert not pairs[0] & pairs[1] and {p for p, _ in pairs[1]} == {p for p, _ in pairs[0]}
+    shown = data.classify_toy(test.center_crop(torch.arange(len(test))))
+    right = [[s[name] == r.attributes[name] for name in s] for s, r in zip(shown, test.records)]
+    assert (np.mean(right, 0) >= 0.99).all()
 
 
 TEXTS, CUB = (b"zero\n\n two \n", b"one\r\ntwo"), "CUB_200_2011/"
-TABLES = [json.dumps({"images": [{"id": 9, "file_name": f"{i}.jpg"}], "annotations": [
-    {"image_id": 9, "caption": c} for c in (("zero\n", "one")[i], *["two"] * 6)]}) for i in (0, 1)]
+NOTES = {f"annotations/captions_{part}2014.json": json.dumps({
+    "images": [{"id": 9, "file_name": f"{i}.jpg"}],
+    "annotations": [{"image_id": 9, "caption": c} for c in (("zero\n", "one")[i], *["two"] * 6)]})
+    for i, part in enumerate(("val", "train"))}
 ARCHIVES = {    # in the order in which they are needed; image 0 is a test image, image 1 is not
     "flowers/cvpr2016_flowers.tar.gz": {
         f"cvpr2016_flowers/text_c10/class_0002{i}/image_0000{i}.txt": TEXTS[i] for i in (0, 1)},
     "flowers/102flowers.tgz": {f"jpg/image_0000{i}.jpg": png(i) for i in (0, 1)},
     "cub/CUB_200_2011.tgz": {
-        CUB + "images.txt": b"1 001.A/a.5.jpg\r\n2 002.B/b.5.jpg\r\n",
-        CUB + "bounding_boxes.txt": b"1 10.9 5.0 41.0 30.0\r\n2 30.0 20.0 20.0 10.0\r\n",
-        CUB + "images/001.A/a.5.jpg": png(0), CUB + "images/002.B/b.5.jpg": png(1)},
-    "cub/text.zip": {"__MACOSX/text/001.A/a.5.txt": b"junk", "text/001.A/a.5.txt": TEXTS[0],
-                     "text/002.B/b.5.txt": TEXTS[1]},
-    "coco/annotations_trainval2014.zip": {"annotations/captions_train2014.json": TABLES[1],
-                                          "annotations/captions_val2014.json": TABLES[0]},
-    "coco/train2014.zip": {"train2014/1.jpg": png(1)}, "coco/val2014.zip": {"val2014/0.jpg": png(0)}}
+        CUB + "images.txt": b"1 001.0/0.5.jpg\r\n2 002.1/1.5.jpg\r\n",
+        CUB + "bounding_boxes.txt": b"1 40.9 5.0 41.0 30.0\r\n2 0.0 51.0 20.0 10.9\r\n",
+        **{f"{CUB}images/00{i + 1}.{i}/{i}.5.jpg": png(i) for i in (0, 1)}},
+    "cub/text.zip": {"__MACOSX/text/001.0/0.5.txt": b"junk",
+                     **{f"text/00{i + 1}.{i}/{i}.5.txt": TEXTS[i] for i in (0, 1)}},
+    "coco/annotations_trainval2014.zip": NOTES,
+    "coco/train2014.zip": {"train2014/1.jpg": png(1)},
+    "coco/val2014.zip": {"val2014/0.jpg": png(0)}}
 
 
 @pytest.mark.parametrize("name", ["flowers", "cub", "coco"])
@@ -82,16 +82,12 @@ def test_archives(name, monkeypatch):
         with pytest.raises(data.UserError, match=path.split("/")[1]):
             [data.load_dataset(name, split, 16, "root") for split in ("train", "test")]
         pack(Path("root", path), ARCHIVES[path])
-    crops = NOISE[0, :, 5:75], NOISE[1, :, 5:75]
-    if name == "cub":
-        # r = int(0.75 * 41) = 30 about (30, 20), cut to 60 x 50, of which the central square is
-        # columns 5 to 54; r = int(0.75 * 20) = 15 about (40, 25)
-        crops = NOISE[0, :50, 5:55], NOISE[1, 10:40, 25:55]
+    # CUB: 0.75 * 41 -> 30 about (60, 20), cut to 50 x 50; 0.75 * 20 -> 15 about (10, 56), 25 x 29
+    crops = (NOISE[0, :, :50, 30:], NOISE[1, :, 43:68, :25]) if name == "cub" else NOISE[..., 5:75]
     for split, caption, crop in zip(("test", "train"), ("zero", "one"), crops):
         dataset = data.load_dataset(name, split, 16, "root")
         assert dataset.captions == [caption] + ["two"] * (4 if name == "coco" else 1)
-        image = data.load_image(dataset.records[0], len(crop))
-        assert len(dataset) == 1 and np.array_equal(image, crop.transpose(2, 0, 1))
+        assert np.array_equal(data.load_image(dataset.records[0], crop.shape[1]), crop)
 
 
 def test_real_flowers_and_cub():
@@ -104,22 +100,18 @@ def test_real_flowers_and_cub():
 
 
 def test_image_folder(capsys):
-    train, test = load_folder("own", ["\ufeffBlüte\r\n\r\n zwei\0 ", "\n", *map(str, range(2, 24))])
+    train, test = load_folder("own", ["\ufeffüb\r\n\r\n zwei\0 ", "\n", *map(str, range(2, 24))])
     assert "23 of 24 images have captions" in capsys.readouterr().out
-    assert train.captions[:2] == ["Blüte", "zwei"] and len(train) == 21
+    assert train.captions[:2] == ["üb", "zwei"] and len(train) == 21
     assert test.captions == ["16", "20"] and train.classes.bincount().tolist() == [3, 7, 11]
-    for name, captions in (("one", ["x", ""]), ("none", [])):
-        with pytest.raises(data.UserError, match="needs 2 or more|is no folder"):
-            load_folder(name, captions)
 
 
 @pytest.mark.parametrize("name", ["a.tgz", "a.zip"])
 def test_hostile_and_damaged_archives(tmp_path, name):
     archive = tmp_path / "in" / name
-    for member in ("../evil", str(tmp_path / "evil"), "x/../../../evil", "jpg/damaged"):
+    for member in ("../evil", str(tmp_path / "evil"), "x/../../../evil", "jpg/image"):
         pack(archive, {member: NOISE[0].tobytes(), "other/file": b""})
-        if member == "jpg/damaged":
-            archive.write_bytes(archive.read_bytes()[:9000])
+        archive.write_bytes(archive.read_bytes()[:9000 if member == "jpg/image" else None])
         with pytest.raises(data.UserError, match=f"{name}.* if it is damaged"):
             data.fetch(name, archive.parent, "jpg")
         assert [path.name for path in tmp_path.rglob("*")] == ["in", name]
@@ -131,24 +123,21 @@ def test_cache_is_rebuilt_after_a_change_and_never_half(monkeypatch):
         patch.setattr(data, "load_image", None)    # nothing is decoded again
         assert torch.equal(data.load_dataset("own", size=16).images, before)
     Path("own/b/03.png").write_bytes(png(9)[:9000])
-    files = sorted(Path("datasets/cache").iterdir())
     with pytest.raises(data.UserError, match="cannot read the image .*03.png"):
         data.load_dataset("own", size=16)
-    assert sorted(Path("datasets/cache").iterdir()) == files
+    assert len([*Path("datasets/cache").iterdir()]) == 2    # of the two splits before
     Image.new("RGBA", (80, 70), (201, 1, 1, 51)).save("own/b/03.png")    # a fifth: on white
     after = data.load_dataset("own", size=16).images
-    assert torch.equal(after[:3], before[:3])
-    assert np.ptp(after[3], (1, 2)).max() == 0 and after[3, :, 0, 0].tolist() == [244, 204, 204]
+    assert torch.equal(after[:3], before[:3]) and after[3, :, 9, 9].tolist() == [244, 204, 204]
 
 
 def test_crops_captions_and_epochs():
-    """Look up each crop in a table of all crops of all images."""
     dataset, _ = load_folder("own", [f"{i}\n" * (1 + i % 3) for i in range(12)])
     owners, table, corners = [int(caption) for caption in dataset.captions], {}, set()
     for i, top, left, flip in np.ndindex(12, 4, 4, 2):
         crop = dataset.images.numpy()[i, :, top:top + 16, left:left + 16]
         table[crop[..., ::-1 if flip else 1].tobytes()] = i, (top, left, flip)
-    batches = data.Batches(dataset, 6, captions_per_image=3)
+    batches = data.Batches(dataset, 6, captions_per_image=2)
     for epoch in range(40):
         joint = [torch.cat(parts) for parts in zip(batches(2 * epoch), batches(2 * epoch + 1))]
         pixels = ((joint[0] + 1) * 127.5).round().byte().numpy()
@@ -156,10 +145,9 @@ def test_crops_captions_and_epochs():
         assert sorted(index) == [*range(12)]
         corners.update(found)
         for i, right, wrong in zip(index, joint[1].tolist(), joint[2].tolist()):
-            j = owners[wrong[0]]
-            assert dataset.classes[i] != dataset.classes[j]
-            for k, captions in ((i, right), (j, wrong)):
-                assert {owners[c] for c in captions} == {k} and len({*captions}) == 1 + k % 3
+            assert dataset.classes[i] != dataset.classes[owners[wrong[0]]]
+            for k, pair in ((i, right), (owners[wrong[0]], wrong)):
+                assert {owners[c] for c in pair} == {k} and len({*pair}) == min(2, 1 + k % 3)
     assert len(corners) == 32
 
 
@@ -174,9 +162,9 @@ def test_other_classes_are_uniform():
 
 def test_batches_are_a_function_of_seed_and_step():
     dataset, _ = load_folder("own", ["a\nb\nc"] * 5)    # fewer images than a batch
-    batches, other = (data.Batches(dataset, 8, seed, "cpu", 2) for seed in (3, 4))
+    batches = data.Batches(dataset, 8, 3, "cpu", 2)
     first, second, again = batches(5), batches(2), batches(5)
-    assert equal(first, again) and not equal(first, second) and not equal(first, other(5))
+    orders = {str(b[1] // 3) for b in (first, second, data.Batches(dataset, 8, 4, "cpu", 2)(5))}
+    assert equal(first, again) and len(orders) == 3 and len(first[0]) == 8
     shares = [data.Batches(dataset, 8, 3, "cpu", 2, rank, 2)(5) for rank in (0, 1)]
     assert equal(first, [torch.cat(pair) for pair in zip(*shares)])
-    assert first[0].shape == (8, 3, 16, 16)

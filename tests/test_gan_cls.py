@@ -40,11 +40,13 @@ def check_step(step, loss, net, other, lr=2e-4):
     """Adam's first step moves each weight of net by lr g / (|g| + 1e-8); those of other stay."""
     weights, others = list(net.parameters()), list(other.parameters())
     grads = torch.autograd.grad(loss, weights)
-    moved = [w.detach() - lr * g / (g.abs() + 1e-8) for w, g in zip(weights, grads)]
-    kept, result = [w.detach().clone() for w in others], step()
-    torch.testing.assert_close([w.detach() for w in weights], moved, rtol=1e-9, atol=1e-9)
+    before, kept = ([w.detach().clone() for w in ws] for ws in (weights, others))
+    result = step()
+    torch.testing.assert_close([w.grad for w in weights], [*grads], rtol=1e-4, atol=1e-8)
+    moved = [w - lr * p.grad / (p.grad.abs() + 1e-8) for w, p in zip(before, weights)]
+    torch.testing.assert_close([w.detach() for w in weights], moved, rtol=0, atol=1e-12)
     assert all(map(torch.equal, kept, others)) and all(w.requires_grad for w in others)
-    torch.testing.assert_close(result.flatten()[0], loss.detach())
+    torch.testing.assert_close(result.flatten()[0], loss.detach(), rtol=1e-6, atol=0)
     return result
 
 

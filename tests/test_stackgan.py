@@ -1,38 +1,120 @@
-"""stackgan.py: golden figures of the PyTorch release, losses, steps; what all scripts share."""
+"""stackgan.py: golden figures of the PyTorch release, losses, steps; functions of all scripts."""
+import copy
 import json
-import math
-import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributions import Normal, kl_divergence
 
 import dfgan
 import gan_cls
 import stackgan
-from conftest import ROOT, load_module, run, shared
+from conftest import load_module, shared
+from test_gan_cls import check_step
 
 
 class ReleasedCA(stackgan.ConditioningAugmentation):
     """The PyTorch release has a ReLU before mu and log sigma^2."""
-
     def forward(self, t, eps):
         mu, log_variance = F.relu(self.fc(t)).chunk(2, 1)
         return mu + (log_variance / 2).exp() * eps, mu, log_variance / 2
 
 
-def filled(net, prefix, part=""):
-    """Fill a network with the golden weights of a released one, whose layers have the same order."""
+def released(net, prefix, stage1=False):
+    """Fill a network with golden weights of the released one, whose layers have the same order."""
     names = json.loads(shared("golden", "stackgan_released_names.json").read_text())[prefix]
-    names = [name for name in names if name.startswith("STAGE1_G.") == bool(part)]
-    if hasattr(net, "ca"):
+    names = [name for name in names if name.startswith("STAGE1_G.") == stage1]
+    if prefix.endswith("G"):
         net.ca = ReleasedCA()
     else:
         net.text = torch.nn.Identity()    # the release gives mu to D
     state = net.state_dict()
-    assert len(state) == len(names)
-    weights = load_module(shared("golden", "golden_weights.py")).fill(
-        prefix, {name: value.shape for name, value in zip(names, state.values())})
-    net.load_state_dict({ours: weights.get(name, 0) ...})
+    fill = load_module(shared("golden", "golden_weights.py")).fill
+    weights = fill(prefix, {name: v.shape for name, v in zip(names, state.values(), strict=True)})
+    net.load_state_dict({key: weights.get(name, v) for name, (key, v) in zip(names, state.items())})
     return net
+
+
+@pytest.mark.parametrize("dtype, rel", [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_golden_figures(mode, dtype, rel):
+    """Both stages and their D, within rel of the largest value of each figure."""
+    golden = np.load(shared("golden", "stackgan.npz"))
+    G1, inner, G2, D1, D2 = (released(*args).train(mode == "train").to(dtype) for args in (
+        (stackgan.Stage1(16), "stage1_G"), (stackgan.Stage1(16), "stage2_G", True),
+        (stackgan.Stage2(16, 256, 2), "stage2_G"), (stackgan.Discriminator(8, 64), "stage1_D"),
+        (stackgan.Discriminator(8, 256), "stage2_D")))
+    z, eps, t, x1, x2 = (torch.tensor(golden[name]).to(dtype) for name in (
+        "noise", "eps", "text", "img64", "img256"))
+    (fake, mu, log_sigma), (s0, _, _), h = G1(z, eps, t), inner(z, eps, t), D2.features(x2)
+    ours = dict(stage1_fake=fake, mu=mu, logvar=2 * log_sigma, stage2_stage1_fake=s0,
+                kl_mean=stackgan.kl_loss(mu, log_sigma), D1_cond=D1(x1, mu).sigmoid(),
+                stage2_fake_16x=G2(s0, eps, t)[0][..., ::16, ::16],
+                D2_cond=D2.score(h, G2.ca(t, eps)[1]).sigmoid(),
+                D2_uncond=D2.unconditional(h).flatten().sigmoid())
+    for name, value in ours.items():
+        theirs = torch.tensor(golden[f"{mode}_{name}"])
+        assert (value - theirs).abs().max() <= rel * theirs.abs().max(), name
+
+
+def test_number_of_parameters():
+    """Those of the PyTorch release for COCO, without the text layer of D."""
+    with torch.device("meta"):
+        g1, g2, d1, d2 = (sum(p.numel() for n, p in net.named_parameters() if "text" not in n)
+                          for net in (stackgan.Stage1(192), stackgan.Stage2(192, 256, 2),
+                                      stackgan.Discriminator(96), stackgan.Discriminator(96, 256)))
+    assert (g1, g1 + g2, d1, d2) == (20_020_832, 57_151_312, 12_407_425, 159_889_538)
+
+
+def test_conditioning_augmentation_and_kl():
+    ca, t, eps = stackgan.ConditioningAugmentation(), torch.randn(5, 1024), torch.randn(5, 128)
+    mu, log_sigma = F.leaky_relu(ca.fc(t), 0.2).split(128, 1)
+    torch.testing.assert_close(ca(t, eps), (mu + log_sigma.exp() * eps, mu, log_sigma))
+    kl = kl_divergence(Normal(mu, log_sigma.exp()), Normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(stackgan.kl_loss(mu, log_sigma), kl)
+
+
+@pytest.mark.parametrize("stage, size, shape", [(1, 64, (100,)), (2, 128, (3, 64, 64))])
+def test_steps_minimise_the_losses(stage, size, shape):
+    """Stage-II scores images alone too: two scores of right and three of wrong images."""
+    torch.manual_seed(0)
+    G, D, opt_g, opt_d = stackgan.build(stage, 4, 2, size, 1)
+    G, D = G.double(), D.double()
+    real, x, eps, t, t_wrong = (torch.randn(4, *s).double() for s in (
+        (3, size, size), shape, (128,), (1024,), (1024,)))
+    (fake, mu, log_sigma), (again, mu2, log_sigma2) = G(x, eps, t), G(x, eps, t)
+    torch.testing.assert_close(D.text(t), F.leaky_relu(F.linear(t, *D.text[0].parameters()), 0.2))
+    h, h_fake = D.features(real), D.features(again.detach())
+    right, wrong = [D.score(h, t)], [D.score(h, t_wrong), D.score(h_fake, t)]
+    probabilities = torch.stack((*right, *wrong)).sigmoid().mean(1).detach()
+    if stage == 2:
+        right.append(D.unconditional(h).flatten())
+        wrong.append(D.unconditional(h_fake).flatten())
+    loss = -F.logsigmoid(torch.stack(right)).mean() - F.logsigmoid(-torch.stack(wrong)).mean()
+    stats = check_step(lambda: stackgan.d_step(D, opt_d, real, fake, t, t_wrong), loss, D, G)
+    torch.testing.assert_close(stats[1:], probabilities)
+    h, kl = D.features(again), stackgan.kl_loss(mu, log_sigma)
+    scores = [D.score(h, t)] if stage == 1 else [D.score(h, t), D.unconditional(h)]
+    loss = 2 * stackgan.kl_loss(mu2, log_sigma2) - sum(F.logsigmoid(s).mean() for s in scores)
+    check_step(lambda: stackgan.g_step(D, opt_g, fake, t, kl) + 2 * kl.detach(), loss, G, D)
+
+
+@pytest.mark.parametrize("script", [dfgan, gan_cls, stackgan])
+def test_nearest_up_conv_and_moving_average(script):
+    up = script.NearestUpConv(5, 7, 3, 1, 1).double()
+    for size in (4, 8, 11):
+        x = torch.randn(2, 5, size, size + 1).double().requires_grad_()
+        plain = F.conv2d(F.interpolate(x, scale_factor=2), up.weight, up.bias, padding=1)
+        results = [(y, *torch.autograd.grad(y.sin().sum(), (x, up.weight, up.bias)))
+                   for y in (up(x), plain)]
+        torch.testing.assert_close(*results)
+    G = torch.nn.Sequential(up, torch.nn.BatchNorm2d(7))
+    ema = copy.deepcopy(G)
+    for value in G.state_dict().values():    # batch norm statistics, and a counter of integers
+        value.add_(2)
+    expected = {name: value + (0.6 if value.is_floating_point() else 0)
+                for name, value in ema.state_dict().items()}
+    script.update_ema(ema, G, 0.7)
+    torch.testing.assert_close(dict(ema.state_dict()), expected)

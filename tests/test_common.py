@@ -1,0 +1,236 @@
+"""Test common.py: text encoders, their losses and training, files, flags, metrics."""
+import argparse
+import json
+import math
+import pickle
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import data
+from conftest import load_module, shared
+
+WORDS = ["<end>", *(f"w{i}" for i in range(1, 49)), "café"]
+RELEASED = {"char_cnn_rnn": ("char_cnn_rnn_names.json", "char_cnn_rnn", {}),
+            "damsm_text": ("damsm_released_names.json", "text_encoder", {"encoder.weight": (50, 300)})}
+
+
+def save_released(name):
+    """Save an encoder of golden figures as released; captions.pickle is one of Python 2."""
+    file, prefix, more = RELEASED[name]
+    shapes = next(iter(json.loads(shared("golden", file).read_text()).values()))
+    state = load_module(shared("golden", "golden_weights.py")).fill(prefix, {**shapes, **more})
+    torch.save({k: v.float() for k, v in state.items()}, "released.pth",
+               _use_new_zipfile_serialization=False)
+    words = "".join(f"I{i}\nS'{word}'\np{i + 9}\ns" for i, word in enumerate(WORDS))
+    Path("captions.pickle").write_bytes(f"(lp0\n(lp1\na(lp2\na(dp3\n{words}a.".encode("latin1"))
+    return "released.pth"
+
+
+class Code:
+    """A pickle of this creates the file "ran" when it is loaded."""
+
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+# ---- Text encoders
+
+@pytest.mark.parametrize("name, key", [("char_cnn_rnn", "embeddings"), ("damsm_text", "sentences")])
+def test_released_encoders(name, key):
+    golden, encoder = np.load(shared("golden", f"{name}.npz")), None
+    encoder, captions = common.load_text_encoder(save_released(name)), golden["captions"]
+    if name == "damsm_text":
+        words, _ = encoder(torch.from_numpy(captions))
+        np.testing.assert_allclose(words, golden["words"], atol=1e-5, rtol=0)
+        captions = [" ".join(WORDS[i] for i in row if i) for row in captions]
+    for x in (encoder.encode(captions), torch.cat([encoder.encode([c]) for c in captions])):
+        np.testing.assert_allclose(x, golden[key], atol=1e-5, rtol=0)
+
+
+def test_character_positions():
+    tokens = common.CharCNNRNN((8, 8, 8)).tokenize(["A-b é", "x" * 300])
+    assert tokens[1].tolist() == [24] * 201
+    assert tokens[0].tolist() == [1, 60, 2, 70] + [0] * 197    # "-" is the second of two
+
+
+def test_damsm_vocabulary_and_long_captions():
+    torch.save(common.DAMSMTextEncoder(WORDS).state_dict(), "damsm.pt")
+    encoder = common.text_encoder_from_state_dict(torch.load("damsm.pt", weights_only=True))
+    assert encoder.tokenize(["W3, unheard-of CAFÉ!", "w1"]).tolist() == [[3, 49], [1, 0]]
+    row, same, other = (encoder.tokenize([" ".join(WORDS[1:41])], torch.Generator().manual_seed(i))[0]
+                        for i in (7, 7, 8))
+    assert len(row) == 18 and (row.diff() > 0).all() and row.max() <= 40
+    assert torch.equal(row, same) and not torch.equal(row, other)
+
+
+def test_prompts(capsys):
+    damsm = common.DAMSMTextEncoder(["<end>", "a", "pink", "flower"])
+    assert torch.equal(damsm.encode_prompts(["a zyzzyva flower"]), damsm.encode(["a flower"]))
+    assert "unknown to the text encoder: zyzzyva" in "".join(capsys.readouterr())
+    char = common.CharCNNRNN((8, 8, 8))
+    char.config["min_prompt_length"] = 38
+    char = common.text_encoder_from_state_dict(char.state_dict())
+    x = char.encode_prompts(["pink flower", "this flower is pink"])    # 3 x 12 - 1 fit into 38
+    repeated = ["pink flower pink flower pink flower", "this flower is pink"]
+    assert torch.equal(x, char.encode(repeated)) and "unknown" not in "".join(capsys.readouterr())
+    for encoder, caption in ((damsm, "zyzzyva"), (damsm, ""), (char, "花"), (char, "")):
+        with pytest.raises(data.UserError, match="text encoder knows no"):
+            encoder.encode_prompts(["a flower", caption])
+
+
+def test_unusable_encoders_are_user_errors():
+    files = [save_released("damsm_text"), "flowers.pth", "cut.pth", "code.pth", "none.pth"]
+    Path("captions.pickle").write_bytes(pickle.dumps([[], [], Code()]))
+    torch.save({k: v for k, v in common.CharCNNRNN((8, 8, 8)).state_dict().items()
+                if "update" not in k and "reset" not in k}, "flowers.pth")    # Reed's has no gates
+    Path("cut.pth").write_bytes(Path("released.pth").read_bytes()[:5000])
+    Path("code.pth").write_bytes(pickle.dumps(Code(), 2))
+    for name in files:
+        with pytest.raises(data.UserError, match="Reed's|cannot load the text encoder"):
+            common.load_text_encoder(name)
+    assert not Path("ran").exists()
+
+
+def test_published_pickles():
+    for split, count in (("train", 8855), ("test", 2933)):
+        path = shared("reference", "lists", "cub_pickles", f"{split}_filenames.pickle")
+        with open(path, "rb") as file:
+            names = common.RestrictedUnpickler(file, encoding="latin1").load()
+        assert len(names) == count
+        assert {int(name[:3]) in data.CUB_TEST for name in names} == {split == "test"}
+
+
+def test_text_encoders_are_trained_and_chosen(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    name = data.dataset_id("own")
+    captions = data.load_dataset(name, size=64).captions
+    for kind, dim in (("char-cnn-rnn", 1024), ("damsm", 256)):
+        path = tmp_path / f"{kind}.pt"
+        common.train_text_encoder(kind, name, "datasets", "cpu", path, 5, "small")
+        encoder = common.load_text_encoder(path)
+        x = encoder.encode(captions)
+        assert x.shape == (44, dim) and x.isfinite().all() and x.std(0).max() > 1e-4
+        assert "5 iterations" in encoder.config["description"]
+        if kind == "char-cnn-rnn":
+            assert x.square().sum(1).mean() == pytest.approx(1, rel=1e-4)
+            assert encoder.config["min_prompt_length"] == len("it is red")
+    trained, dataset = [], SimpleNamespace(name=name)
+    monkeypatch.setattr(common, "train_text_encoder", lambda *a: trained.append(a[-2:]))
+    for iterations, features in ((None, None), (2, "small"), (3, None), (None, "inception")):
+        common.get_text_encoder("damsm", dataset, "", "cpu", None, None, iterations, features)
+    assert trained == [(3, None), (None, "inception")]
+    with pytest.raises(data.UserError, match="char-cnn-rnn"):
+        common.get_text_encoder("char-cnn-rnn", dataset, "", "cpu", path=path)
+
+
+# ---- Losses, each against a loop in float64
+
+def test_joint_embedding_loss():
+    image, text = np.random.default_rng(0).standard_normal((2, 7, 5))
+    expect = 0
+    for i in range(7):
+        for j in set(range(7)) - {i}:
+            right = image[i] @ text[i]
+            expect += max(0, 1 + image[i] @ text[j] - right) / 49    # a wrong text
+            expect += max(0, 1 + image[j] @ text[i] - right) / 49    # a wrong image
+    loss = common.joint_embedding_loss(torch.from_numpy(image), torch.from_numpy(text))
+    assert loss.item() == pytest.approx(expect, rel=1e-12)
+
+
+def test_damsm_losses():
+    rng, classes, lengths = np.random.default_rng(2), [0, 1, 1, 2, 0], [3, 1, 2, 3, 2]
+    regions, words = rng.standard_normal((5, 6, 4)), rng.standard_normal((5, 6, 3))
+    image, sentence = rng.standard_normal((2, 5, 6))
+    score = np.zeros((2, 5, 5))
+    for i, j in np.ndindex(5, 5):
+        e = words[j, :, :lengths[j]]                        # (6, T)
+        s = np.exp(e.T @ regions[i])                        # (T, 4)
+        a = np.exp(4 * s / s.sum(0))                        # s is normalised over the words
+        c = regions[i] @ (a / a.sum(1, keepdims=True)).T    # (6, T)
+        cosine = (c * e).sum(0) / np.linalg.norm(c, axis=0) / np.linalg.norm(e, axis=0)
+        score[0, i, j] = 10 * math.log(np.exp(5 * cosine).sum())
+        norms = np.linalg.norm(image[i]) * np.linalg.norm(sentence[j])
+        score[1, i, j] = 10 * image[i] @ sentence[j] / norms
+    expect = np.zeros(2)
+    for k, i in np.ndindex(2, 5):
+        others = [j for j in range(5) if j == i or classes[j] != classes[i]]
+        for s in (score[k], score[k].T):
+            expect[k] += (math.log(sum(math.exp(s[i, j]) for j in others)) - s[i, i]) / 5
+    loss = common.word_loss(*map(torch.tensor, (regions, words, lengths, classes)))
+    assert loss.item() == pytest.approx(expect[0], rel=1e-10)
+    loss = common.sentence_loss(*map(torch.tensor, (image, sentence, classes)))
+    assert loss.item() == pytest.approx(expect[1], rel=1e-10)
+
+
+# ---- Files, signals, flags
+
+def test_checkpoints():
+    path = Path("run/last.pt")
+    common.save_checkpoint(path, {"kind": "x", "net": torch.nn.Linear(2, 1), "n": 1})
+    with pytest.raises(AttributeError):    # a function of a function cannot be pickled
+        common.save_checkpoint(path, {"kind": "x", "n": torch.zeros(9), "bad": lambda: None})
+    assert list(path.parent.iterdir()) == [path]
+    state = common.load_checkpoint(path, "y", "x")
+    assert state["n"] == 1 and state["net"].keys() == {"weight", "bias"}
+    files = {"cut": path.read_bytes()[:600], "code": pickle.dumps(Code(), 2), "text": b"hello"}
+    for name, content in files.items():
+        Path(name).write_bytes(content)
+    for name, kind in ((path, "z"), ("cut", "x"), ("code", "x"), ("text", "x"), ("none", "x")):
+        with pytest.raises(data.UserError, match=f"{name} is no {kind} checkpoint"):
+            common.load_checkpoint(name, kind)
+    assert not Path("ran").exists()
+
+
+def test_signals_are_requests(monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in handlers:
+            stop = common.GracefulStop()
+            assert not stop.requested()
+            signal.raise_signal(number)
+            assert stop.requested() and stop.signal == number
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def parse(line):
+    parser = argparse.ArgumentParser("tiny.py")
+    parser.add_argument("--ngf", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=64)
+    presets = {"toy": {"ngf": 4, "batch_size": 16}}
+    return common.parse_args(parser, presets, ("data", "ngf", "seed"), line.split())
+
+
+def test_flags(capsys):
+    state = {"kind": "tiny", "G": {}, "step": 7, "args": {"data": "flowers", "ngf": 6, "seed": 3}}
+    common.save_checkpoint(Path("runs/a/last.pt"), state)
+    for line, expect in (
+            ("", ("toy", 4, 16, 0, "runs/tiny-toy")), ("--ngf 8", ("toy", 8, 16, 0, "runs/tiny-toy")),
+            ("--data flowers --seed 1", ("flowers", 128, 64, 1, "runs/tiny-flowers")),
+            ("--out-dir runs/a --batch-size 9", ("flowers", 6, 9, 3, "runs/a")),
+            ("--out-dir runs/a --seed 9 --sample red", ("flowers", 6, 64, 9, "runs/a"))):
+        args, checkpoint = parse(line)
+        found = args.data, args.ngf, args.batch_size, args.seed, str(args.out_dir)
+        assert found == expect and (checkpoint is not None) == ("runs/a" in line)
+    for line, message in (
+            ("--out-dir runs/a --ngf 4", "ngf 4 contradicts"), ("--seed 1 --out-dir runs/a", "seed 1"),
+            ("--out-dir runs/a --data toy", "data toy contradicts"), ("--sample red", "tiny.pt"),
+            ("--out-dir runs/b --evaluate", "runs/b/last.pt")):
+        with pytest.raises((SystemExit, data.UserError)) as error:    # status 2 of both
+            parse(line)
+        assert message in capsys.readouterr().err + str(error.value)
+        assert error.type is data.UserError or error.value.code == 2
+
+
+# ---- Metrics
+
+def test_frechet_distance():
+    pass
