@@ -86,6 +86,8 @@ def run(main):
     except (UserError, OSError) as error:    # OSError: no network, a full disk
         print(f"error: {error}", file=sys.__stderr__)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 class GracefulStop:
     """After Ctrl-C or SIGTERM, `requested` is true in all processes."""
@@ -491,8 +493,8 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     train_set, test_set = (data.load_dataset(name, s, 64, root) for s in ("train", "test"))
     iterations = iterations or (400 if toy else min(max(len(train_set), 300), 3000))
     minutes = (iterations * (0.1 if toy else 0.4) + len(train_set) * 0.1 * (not small)) / 60
-    print(f"training {kind} on {len(train_set)} images: {iterations} iterations, about {minutes:.0f}"
-          f" min on a CPU (--encoder-iterations, --image-features)", flush=True)
+    print(f"training {kind} on {len(train_set)} images, {iterations} iterations: {minutes:.0f} min on "
+          f"a CPU or so (--encoder-iterations, --image-features)", flush=True)
     torch.manual_seed(0)
     if sje:    # released code: RMSprop 7e-4, no norms; this learns faster
         lr, decay, betas, batch_size = 3e-4, 0.02, (0.9, 0.999), 40

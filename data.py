@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -70,7 +71,7 @@ def atomic_write(path):
 def fetch(url, folder, name, md5=None):
     """Return folder/name; if it is missing, download and extract the archive `url`."""
     from torchvision.datasets.utils import download_url
-    archive, target = folder / Path(url).name, folder / name
+    archive, target = folder / Path(url.split("?")[0]).name, folder / name
     if target.exists():
         return target
     try:
@@ -94,7 +95,7 @@ def flowers(folder, split):
     """Oxford-102, zero-shot split of Reed et al.: 7,034 and 1,155 images."""
     archive = folder / "cvpr2016_flowers.tar.gz"
     if not archive.exists() and not (folder / "text_c10").exists():
-        raise UserError(f"save {archive} with a browser from https://drive.google.com/file/d/"
+        raise UserError(f"no {archive}; save it in a browser from https://drive.google.com/file/d/"
                         "0B0ywwgffWnLLcms2WWJQRFNSWXM/view?resourcekey=0-Av8zFbeDDvNcF1sSjDR32w")
     captions = fetch(archive.name, folder, "text_c10")
     images = fetch("https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", folder,
@@ -110,8 +111,8 @@ CUB_TEST = {    # the 50 test classes of Reed et al.
 
 def cub(folder, split):
     """CUB-200-2011, zero-shot split of Reed et al.: 8,855 and 2,933 images."""
-    base = fetch("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", folder,
-                 "CUB_200_2011", "97eceeb196236b17998738112f37df78")
+    base = fetch("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
+                 folder, "CUB_200_2011", "97eceeb196236b17998738112f37df78")
     name = "text_c10" if (folder / "text_c10").exists() else "text"    # Reed's archive or a copy
     captions = fetch("https://huggingface.co/datasets/alkzar90/CC6204-Hackaton-Cub-Dataset/resolve/"
                      "main/data/text.zip", folder, name)
@@ -273,7 +274,8 @@ class CaptionDataset:
                 for block in load_images(records, side, f"decoding {decoded.name}"):
                     file.write(block.tobytes())
         shape = len(records), 3, side, side
-        self.images = torch.from_numpy(np.memmap(decoded, mode="c", shape=shape))
+        pixels = torch.from_file(str(decoded), True, math.prod(shape), dtype=torch.uint8)
+        self.images = pixels.view(shape)
         numbers = {}
         self.classes = torch.tensor([numbers.setdefault(r.label, len(numbers)) for r in records])
         if len(numbers) == 1:    # no classes: each image is one
@@ -329,7 +331,8 @@ class Batches:
                  world_size=1):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.device, self.captions_per_image = torch.device(device), captions_per_image
-        self.rank, self.world_size, self.images = rank, world_size, dataset.images
+        self.rank, self.world_size, self.epoch = rank, world_size, None
+        self.images = dataset.images
         if self.device.type == "cuda":
             if self.images.numel() < torch.cuda.mem_get_info(self.device)[1] / 3:
                 self.images = self.images.to(self.device)
@@ -343,21 +346,23 @@ class Batches:
         of an image of another class."""
         epoch, batch = divmod(step, len(self))
         rng, size = torch.Generator().manual_seed(self.seed * 2**20 + epoch), self.dataset.size
-        order = torch.randperm(len(self.dataset), generator=rng)
-        index = order[(batch * self.batch_size + torch.arange(self.batch_size)) % len(order)]
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, torch.randperm(len(self.dataset), generator=rng)
+        index = (batch * self.batch_size + torch.arange(self.batch_size)) % len(self.order)
+        index = self.order[index]
         rng.manual_seed((self.seed * 2**20 + step) ^ 0x5DEECE66D)
         other = sample_other_class(*self.by_class, self.dataset.classes[index], 1, rng)[:, 0]
         corner = torch.randint(self.images.shape[-1] - size + 1, (len(index), 2), generator=rng)
         flip = torch.randint(2, (len(index), 1), generator=rng)
-        crops = torch.cat((index[:, None], corner, flip), 1)
-        rows = crops, self.sample_captions(index, rng), self.sample_captions(other, rng)
-        crops, captions, wrong = (x.chunk(self.world_size)[self.rank] for x in rows)
-        index, top, left, flip = (self.to_device(crops) if self.images.is_cuda else crops).T
+        rows = torch.cat((index[:, None], corner, flip, self.sample_captions(index, rng),
+                          self.sample_captions(other, rng)), 1).chunk(self.world_size)[self.rank]
+        on_device = self.to_device(rows)    # one copy: several small ones would block the host
+        index, top, left, flip = (on_device if self.images.is_cuda else rows)[:, :4].T
         windows = self.images.unfold(2, size, 1).unfold(3, size, 1)    # a view of all crops
         images = windows[index, :, top, left]
         images = torch.where(flip.bool()[:, None, None, None], images.flip(3), images)
         images = self.to_device(images).float().div_(127.5).sub_(1)
-        return images, self.to_device(captions), self.to_device(wrong)
+        return images, *on_device[:, 4:].chunk(2, 1)
 
     def sample_captions(self, index, rng):
         """Return k captions of each image, (B, k), different ones while they last."""
