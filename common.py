@@ -210,8 +210,11 @@ def parse_args(parser, presets, fixed, argv=None):
     args = parser.parse_args(argv)
     args.data, args.out_dir = data.dataset_id(args.data), out_dir
     for n, value in saved.items():
-        if getattr(args, n) != value:
-            flag = f"--{n.replace('_', '-')} {getattr(args, n)}"
+        given = getattr(args, n)
+        if n == "data" and "G" not in checkpoint:    # an exported model has the name only
+            given = Path(given).name
+        if given != value:
+            flag = f"--{n.replace('_', '-')} {given}"
             parser.error(f"{flag} contradicts {path}, which has {value}; omit it or set --out-dir")
     if "cuda" in args.device and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: CUDA is not available")

@@ -216,6 +216,8 @@ def update_ema(ema, G, decay):
 
 def build(stage, ngf=128, ndf=64, size=256, num_residual=4, lr=2e-4, device="cpu"):
     """Return G, D of a stage and their optimizers: Adam (section 3.5)."""
+    if size not in (128, 256):
+        raise ValueError(f"size {size} is not 128 or 256")
     nets = ((Stage1(ngf), Discriminator(ndf, 64)) if stage == 1 else
             (Stage2(ngf, size, num_residual), Discriminator(ndf, size)))
     G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
