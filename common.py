@@ -48,7 +48,7 @@ def init_distributed(device):
         dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo",
                                 timeout=datetime.timedelta(days=1))    # of rank 0's preparations
         if rank() > 0:
-            sys.stdout = sys.stderr = open(os.devnull, "w")
+            sys.stdout, Progress.enabled = open(os.devnull, "w"), False
     return device
 
 @contextlib.contextmanager
@@ -77,6 +77,13 @@ def average_gradients(net, optimizer):
         if next(net.parameters()).is_cuda:
             nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
+def reduce_mean(x):
+    """Return the mean of a tensor over the processes."""
+    x = x.clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x / world_size()
+
 # ---- Runs
 
 def run(main):
@@ -90,7 +97,7 @@ def run(main):
         return 130
 
 class GracefulStop:
-    """After Ctrl-C or SIGTERM, `requested` is true in all processes."""
+    """Catch Ctrl-C and SIGTERM; requested() is then true in all processes."""
 
     def __init__(self):
         self.signal = 0
@@ -116,6 +123,8 @@ def save_checkpoint(path, state):
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
         with data.atomic_write(path) as part, open(part, "wb") as file:
             torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 def load_checkpoint(path, *kinds):
     """Load a checkpoint whose "kind" is one of kinds. It cannot execute code."""
@@ -133,7 +142,7 @@ def export(source, path):
         state.pop(name, None)
     for net in ("ema", "G1", "text_encoder"):
         for name, x in state.get(net, {}).items():
-            if getattr(x, "ndim", 0) > 1:    # variances are too small for it
+            if getattr(x, "ndim", 0) > 1:    # not vectors: small variances underflow
                 state[net][name] = x.half()
     state["args"]["data"] = Path(state["args"]["data"]).name
     save_checkpoint(path, state)
@@ -163,11 +172,11 @@ def add_common_args(parser):
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument
     add("--data", default="toy", help="toy, flowers, cub, coco or a folder")
-    add("--root", default="datasets", help="of flowers, cub and coco")
+    add("--root", default="datasets", help="of flowers, cub and coco; caches: datasets/cache")
     add("--out-dir", help="default: runs/<script>-<data>")
     add("--device", default="auto")
     add("--seed", type=int, default=0, help="of a new run, or of samples")
-    add("--ema", type=float, default=0.999, help="decay of the moving average of G")
+    add("--ema", type=float, default=0.999, help="decay of the moving average of G (no paper)")
     for flag in ("--bf16", "--compile"):
         add(flag, action=argparse.BooleanOptionalAction, help="default: on CUDA")
     add("--text-encoder", metavar="FILE", help="default: released, or trained here")
@@ -191,14 +200,17 @@ def parse_args(parser, presets, fixed, argv=None):
     add_common_args(parser)
     args = parser.parse_args(argv)
     training = not (args.sample or args.interpolate or args.evaluate)
-    if (args.num_images and not args.sample) or (args.interpolate_noise and not args.interpolate):
-        parser.error("--num-images needs --sample, --interpolate-noise needs --interpolate")
+    for flag, other in (("num_images", "sample"), ("style_image", "sample"),
+                        ("interpolate_noise", "interpolate")):
+        if getattr(args, flag, None) and not getattr(args, other):
+            parser.error(f"--{flag.replace('_', '-')} needs --{other}")
     out_dir = Path(args.out_dir or f"runs/{script}-{Path(args.data).resolve().name}")
     path, checkpoint, saved = out_dir / "last.pt", None, {}
-    if not (training or args.out_dir or path.exists()):
+    new = training or getattr(args, "init", None)
+    if not (new or args.out_dir or path.exists()) and args.data in ("toy", "flowers"):
         out_dir = Path(f"runs/{script}-weights")
         path = Path(__file__).parent / "weights" / f"{script}.pt"
-    if not (path.exists() or training or getattr(args, "init", None)):
+    if not (path.exists() or new):
         parser.error(f"{path} does not exist; train first, without --sample or --evaluate")
     if path.exists():
         checkpoint = load_checkpoint(path, script)
@@ -256,7 +268,7 @@ class TextEncoder(nn.Module):
     def encode_prompts(self, captions):
         """Return the embeddings of captions that a user typed.
 
-        Short ones are repeated up to the usual training length: CharCNNRNN saw few blanks."""
+        Short ones are repeated up to the shortest training length: CharCNNRNN saw few blanks."""
         captions = [captions] if isinstance(captions, str) else captions
         for caption in captions:
             parts = self.split(caption)
@@ -396,7 +408,8 @@ def word_loss(regions, words, lengths, classes):
     square = (torch.einsum("inm,ijmt->ijnt", gram, attention) * attention).sum(2)
     square = (square * words.square().sum(1)).clamp(min=1e-12)
     cosine = (score * attention).sum(2) * square.rsqrt()    # (B, B, T)
-    match = (GAMMA2 * cosine).masked_fill(padding, -math.inf).logsumexp(2)    # eq. 10
+    # eq. 10; released code, as here: without the root of 1 / GAMMA2
+    match = (GAMMA2 * cosine).masked_fill(padding, -math.inf).logsumexp(2)
     return symmetric_cross_entropy(GAMMA3 * match, classes)
 
 # ---- Image features
@@ -406,7 +419,7 @@ INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
 
 class FIDInception(nn.Module):
     """pytorch-fid's Inception-v3: images (B, 3, H, W) in [-1, 1] -> pooled features (B, 2048),
-    regions (B, 768, 36). AttnGAN: 17 x 17 regions; averaged to 6 x 6 they need 8 times less."""
+    regions (B, 768, 36). AttnGAN: 17 x 17 regions; here their 6 x 6 means, 8 times less memory."""
 
     def __init__(self):
         super().__init__()
@@ -474,8 +487,8 @@ class ImageEncoder(nn.Module):
 
 @torch.no_grad()
 def fold_batch_norm(encoder, norm, captions):
-    """Make the norm part of the last layer, and scale embeddings to a mean square length of 1: at
-    32 times that, the text swamps z, and G draws one image a caption."""
+    """Fold the norm into the last layer and scale embeddings to an RMS length of 1. At an RMS
+    length of 32 the text swamps z, and G draws one image per caption."""
     layer, scale = encoder.emb_proj, (norm.running_var + norm.eps).rsqrt()
     layer.bias.sub_(norm.running_mean).mul_(scale)
     layer.weight.mul_(scale[:, None])
@@ -496,8 +509,8 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     train_set, test_set = (data.load_dataset(name, s, 64, root) for s in ("train", "test"))
     iterations = iterations or (400 if toy else min(max(len(train_set), 300), 3000))
     minutes = (iterations * (0.1 if toy else 0.4) + len(train_set) * 0.1 * (not small)) / 60
-    print(f"training {kind} on {len(train_set)} images, {iterations} iterations: {minutes:.0f} min on "
-          f"a CPU or so (--encoder-iterations, --image-features)", flush=True)
+    print(f"training {kind} on {len(train_set)} images, {iterations} iterations, {minutes:.0f} min "
+          "on a CPU (--encoder-iterations, --image-features)", flush=True)
     torch.manual_seed(0)
     if sje:    # released code: RMSprop 7e-4, no norms; this learns faster
         lr, decay, betas, batch_size = 3e-4, 0.02, (0.9, 0.999), 40
@@ -521,7 +534,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     for step in range(iterations):
         optimizer.param_groups[0]["lr"] = lr * decay ** (step / iterations)
         index = torch.randperm(len(train_set), generator=rng)
-        if sje and train_set.classes.max() >= 39:    # one image each of 40 classes
+        if sje and train_set.classes.max() >= 39:    # one image each of 40 classes, if there are 40
             first = np.unique(train_set.classes[index], return_index=True)[1]
             index = index[first][torch.randperm(len(first), generator=rng)]
         index = index[:batch_size]
@@ -537,7 +550,8 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
                     + sentence_loss(image, sentence, classes))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(encoder.parameters(), math.inf if sje else 0.25)
+        if not sje:
+            nn.utils.clip_grad_norm_(encoder.parameters(), 0.25)
         optimizer.step()
         bar.note = f"loss {loss.item():.3f}"
         bar.update()
@@ -562,7 +576,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
 
 ATTNGAN = "https://raw.githubusercontent.com/taoxugit/AttnGAN/master/eval/data/"
 ATTNGAN_COCO = "https://huggingface.co/mediasynthesismuseum/attngan-coco/resolve/main/"
-PRETRAINED = {    # released vocabularies and DAMSM encoders: url, start of sha256
+PRETRAINED = {    # released vocabularies and DAMSM encoders: url, start of its sha256 if known
     "cub": {ATTNGAN + "captions.pickle": "84e9f81218102873",
             ATTNGAN + "text_encoder200.pth": "d7278a9b4801633e"},
     "coco": {ATTNGAN_COCO + "captions.pickle": None,
@@ -605,7 +619,7 @@ def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None, it
     if checkpoint:
         return text_encoder_from_state_dict(checkpoint["text_encoder"]).to(device)
     if not path and kind == "damsm":
-        for url, sha256 in PRETRAINED.get(dataset.name, {}).items():
+        for url, sha256 in PRETRAINED.get(dataset.name, {}).items():    # the last is the encoder
             path = Path(root, dataset.name, "damsm", Path(url).name)
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
@@ -614,7 +628,7 @@ def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None, it
         path = encoder_path(kind, dataset.name)
         found = load_checkpoint(path, "text encoder") if path.exists() else {}
         wanted = {"data": dataset.name, "iterations": iterations,
-                  "small": features and features == "small"}
+                  "small": None if features is None else features == "small"}    # None: any
         if any(value not in (None, found.get(key)) for key, value in wanted.items()):
             train_text_encoder(kind, dataset.name, root, device, path, iterations, features)
     encoder = load_text_encoder(path)
@@ -636,7 +650,7 @@ def embed_captions(encoder, dataset):
     rms = x.square().sum(1).mean().sqrt()
     print(f"text encoder: {encoder.config['description']}; RMS length of embeddings {rms:.2f}")
     if encoder.dim == 1024 and rms > 2:
-        print("character encoders trained here have 1: at a larger length G sees less of z")
+        print("warning: encoders trained here have 1; at a larger length G sees less of the noise")
     return x
 
 # ---- Evaluation
@@ -684,7 +698,7 @@ def attribute_accuracy(images, captions, dataset):
             for name in right:
                 if attributes[name] in dataset.captions[i]:
                     right[name].append(shown[name] == attributes[name])
-    return {name: sum(values) / len(values) for name, values in right.items()}
+    return {name: sum(values) / max(1, len(values)) for name, values in right.items()}
 
 def evaluation_captions(dataset, num_samples):
     """Return caption numbers in random order, repeated up to num_samples, in batches."""
@@ -742,15 +756,14 @@ def main():
     add("--data", default="toy", help="toy, flowers, cub, coco or a folder")
     add("--root", default="datasets", help="of flowers, cub and coco")
     add("--device", default="auto")
-    add("--iterations", type=int, help="default: as many as images, up to 3000")
+    add("--iterations", type=int, help="default: one per image, 300 to 3000; toy: 400")
     add("--image-features", choices=["inception", "small"])
     add("--export", metavar="FILE", help="checkpoint to export to --out")
     add("--out", type=Path)
     args = parser.parse_args()
     name = data.dataset_id(args.data)
-    out = args.out or encoder_path(args.encoder, name)
+    out = args.out or (Path("exported.pt") if args.export else encoder_path(args.encoder, name))
     if args.export:
-        out = args.out or Path("exported.pt")
         export(args.export, out)
     else:
         train_text_encoder(args.encoder, name, args.root, init_distributed(args.device), out,

@@ -2,7 +2,7 @@
 
     train_set = load_dataset("flowers", "train", size=64)
     batches = Batches(train_set, batch_size=64, device="cuda")
-    images, captions, wrong = batches(step=0)
+    images, captions, wrong = batches(step=0)    # the latter two: numbers of captions
 
 toy, flowers (Oxford-102), cub (CUB-200-2011), coco (COCO 2014), or a folder of photo.jpg beside
 photo.txt, one caption a line. In toy, flowers and cub the test classes are unseen.
@@ -38,18 +38,19 @@ class Record(NamedTuple):
 
 class Progress:
     """Print progress and time left on stderr; without a terminal, every 30 seconds."""
+    enabled = True
 
     def __init__(self, total, label, unit="images", done=0):
-        self.total, self.label, self.unit, self.done, self.first = total, label, unit, done, done
+        self.total, self.label, self.unit, self.done, self.initial = total, label, unit, done, done
         self.start = self.shown = time.time()
         self.note = ""
 
     def update(self, n=1):
         self.done += n
         now, end, terminal = time.time(), self.done >= self.total, sys.stderr.isatty()
-        if end or now - self.shown > (0.2 if terminal else 30):
+        if self.enabled and (end or now - self.shown > (0.2 if terminal else 30)):
             self.shown = now
-            rate = (self.done - self.first) / (now - self.start + 1e-9)
+            rate = (self.done - self.initial) / (now - self.start + 1e-9)
             left = timedelta(seconds=(self.total - self.done) // rate)
             print(f"\r{self.label} {self.done / self.total:4.0%}  {rate:.1f} {self.unit}/s  {left} "
                   f"left  {self.note}  ", end="" if terminal and not end else "\n",
@@ -75,7 +76,7 @@ def fetch(url, folder, name, md5=None):
     if target.exists():
         return target
     try:
-        download_url(url, folder, archive.name, md5)    # only verifies an archive that exists
+        download_url(url, folder, archive.name, md5)    # skips an archive with this md5
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             # "data" refuses paths that lead outside; shutil skips those of a zip file
             options = {} if archive.suffix == ".zip" else {"filter": "data"}
@@ -97,9 +98,10 @@ def flowers(folder, split):
     if not archive.exists() and not (folder / "text_c10").exists():
         raise UserError(f"no {archive}; save it in a browser from https://drive.google.com/file/d/"
                         "0B0ywwgffWnLLcms2WWJQRFNSWXM/view?resourcekey=0-Av8zFbeDDvNcF1sSjDR32w")
-    captions = fetch(archive.name, folder, "text_c10")
+    captions = fetch(archive.name, folder, "text_c10")    # no url: only extracts
     images = fetch("https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", folder,
                    "jpg", "52808999861908f626f3c1f4e79d11fa")
+    # class_00001 to class_00020 are the test classes
     return [Record(images / f"{path.stem}.jpg", read_captions(path), path.parent.name)
             for path in sorted(captions.glob("class_*/image_*.txt"))
             if (path.parent.name <= "class_00020") == (split == "test")]
@@ -268,12 +270,11 @@ class CaptionDataset:
         key = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
         self.cache = f"datasets/cache/{Path(name).name}-{split}-{key}"
         side = size * 76 // 64
-        decoded = Path(f"{self.cache}-{side}px.u8")
-        if not decoded.exists():
+        decoded, shape = Path(f"{self.cache}-{side}px.u8"), (len(records), 3, side, side)
+        if not decoded.exists() or decoded.stat().st_size != math.prod(shape):
             with atomic_write(decoded) as part, open(part, "wb") as file:
                 for block in load_images(records, side, f"decoding {decoded.name}"):
                     file.write(block.tobytes())
-        shape = len(records), 3, side, side
         pixels = torch.from_file(str(decoded), True, math.prod(shape), dtype=torch.uint8)
         self.images = pixels.view(shape)
         numbers = {}
@@ -324,15 +325,16 @@ def sample_other_class(by_class, counts, classes, k, rng):
 class Batches:
     """Random batches as a pure function of (seed, step): a resumed run sees the same ones.
 
-    An epoch is a permutation of the images. Each process gets its part of a batch. Images that fit
-    into a third of the GPU's memory stay there."""
+    An epoch is a permutation of the images, without the incomplete last batch. Each process gets
+    its part of a batch. Images that fit into a third of the GPU's memory stay there. rolled: wrong
+    captions are those of the batch rolled by one, not of other classes."""
 
     def __init__(self, dataset, batch_size, seed=0, device="cpu", captions_per_image=1, rank=0,
-                 world_size=1):
+                 world_size=1, rolled=False):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.device, self.captions_per_image = torch.device(device), captions_per_image
         self.rank, self.world_size, self.epoch = rank, world_size, None
-        self.images = dataset.images
+        self.images, self.rolled = dataset.images, rolled
         if self.device.type == "cuda":
             if self.images.numel() < torch.cuda.mem_get_info(self.device)[1] / 3:
                 self.images = self.images.to(self.device)
@@ -342,8 +344,8 @@ class Batches:
         return max(1, len(self.dataset) // self.batch_size)
 
     def __call__(self, step):
-        """Return images (B, 3, S, S) in [-1, 1], the numbers (B, k) of k captions of each, and of k
-        of an image of another class."""
+        """Return images (B, 3, S, S) in [-1, 1] and two tensors of caption numbers (B, k): of these
+        images, and of images of other classes."""
         epoch, batch = divmod(step, len(self))
         rng, size = torch.Generator().manual_seed(self.seed * 2**20 + epoch), self.dataset.size
         if epoch != self.epoch:
@@ -354,8 +356,10 @@ class Batches:
         other = sample_other_class(*self.by_class, self.dataset.classes[index], 1, rng)[:, 0]
         corner = torch.randint(self.images.shape[-1] - size + 1, (len(index), 2), generator=rng)
         flip = torch.randint(2, (len(index), 1), generator=rng)
-        rows = torch.cat((index[:, None], corner, flip, self.sample_captions(index, rng),
-                          self.sample_captions(other, rng)), 1).chunk(self.world_size)[self.rank]
+        captions = self.sample_captions(index, rng)
+        wrong = captions.roll(1, 0) if self.rolled else self.sample_captions(other, rng)
+        rows = torch.cat((index[:, None], corner, flip, captions, wrong), 1)
+        rows = rows.chunk(self.world_size)[self.rank]
         on_device = self.to_device(rows)    # one copy: several small ones would block the host
         index, top, left, flip = (on_device if self.images.is_cuda else rows)[:, :4].T
         windows = self.images.unfold(2, size, 1).unfold(3, size, 1)    # a view of all crops
@@ -365,7 +369,7 @@ class Batches:
         return images, *on_device[:, 4:].chunk(2, 1)
 
     def sample_captions(self, index, rng):
-        """Return k captions of each image, (B, k), different ones while they last."""
+        """Return k caption numbers of each image, (B, k), distinct if it has k captions."""
         counts, k = self.dataset.caption_counts, self.captions_per_image
         width, count = max(int(counts.max()), k), counts[index, None]
         order = torch.rand(len(index), width, generator=rng) + (torch.arange(width) >= count)

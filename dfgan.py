@@ -59,10 +59,10 @@ class DFBlock(nn.Module):
         return F.leaky_relu(self.affine1(x, c), 0.2, True)
 
 class NearestUpConv(nn.Conv2d):
-    """Convolve F.interpolate(x, scale_factor=2.0) with 3x3 weights, in 2.25 times fewer FLOPs: each
-    4x4 weight of a transposed convolution sums the 3x3 weights that meet the same pixel."""
+    """Same as conv3x3(F.interpolate(x, scale_factor=2.0)), as a 4x4 transposed convolution with
+    2.25 times fewer FLOPs. Its weights are sums of the 3x3 weights that meet the same pixel."""
     def forward(self, x):
-        if x.shape[2] < 8:    # slower for few pixels
+        if x.shape[2] < 8:    # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
         weight = F.avg_pool2d(self.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)
         return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, 1)
@@ -151,12 +151,12 @@ def hinge_loss(real, wrong, fake):
 
 def ma_gp(grad_x, grad_t, k=2, p=6):
     """MA-GP (section 3.3) of gradients (B, ...) of D(x, t). Paper: k E (|grad_x| + |grad_t|)^p; we
-    follow the released code, of the published numbers: k E (|grad_x|^2 + |grad_t|^2)^(p/2)."""
+    follow the code that gave the published numbers: k E (|grad_x|^2 + |grad_t|^2)^(p/2)."""
     s = sum(grad.float().square().flatten(1).sum(1) for grad in (grad_x, grad_t))    # (B,)
     return k * (s ** (p / 2)).mean()    # sqrt(s) ** p has a NaN gradient at 0
 
 def d_loss(D, real, fake, t, t_wrong):
-    """Return hinge loss + MA-GP, and what d_step returns. One function with torch.func.grad:
+    """Return hinge loss + MA-GP, and the tensor that d_step returns. torch.func.grad because
     torch.compile cannot differentiate twice through torch.autograd.grad."""
     def score(x, t):
         h = D.features(x)
@@ -177,7 +177,7 @@ def g_loss(fake):
 def d_step(D, opt_d, real, fake, t, t_wrong, loss_function=d_loss):
     """Update D. real, fake (B, 3, S, S); t, t_wrong (B, 256). loss_function: d_loss or compiled.
     Return loss, D(real), D(wrong), D(fake): a D that ignores its text has D(wrong) = D(real).
-    The last is MA-GP. Released code: t_wrong is the rolled batch, which may fit by chance."""
+    The last is MA-GP. Released code, as in train: t_wrong is the rolled batch; it may fit."""
     loss, stats = loss_function(D, real, fake.detach(), t, t_wrong)
     opt_d.zero_grad()
     loss.backward()
@@ -196,7 +196,7 @@ def g_step(D, opt_g, fake, t):
 
 @torch.no_grad()
 def update_ema(ema, G, decay):
-    """ema += (1 - decay) (G - ema), batch norm statistics included."""
+    """ema += (1 - decay) (G - ema)."""
     pairs = zip(ema.state_dict().values(), G.state_dict().values())
     pairs = [(a, b) for a, b in pairs if a.is_floating_point()]
     torch._foreach_lerp_(*zip(*pairs), 1 - decay)
@@ -220,7 +220,7 @@ def train(args, checkpoint):
             args.encoder_iterations, args.image_features)
         embeddings = common.embed_captions(encoder, train_set)    # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
-                           1, common.rank(), common.world_size())
+                           1, common.rank(), common.world_size(), rolled=True)
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = build(args.nf, args.size, args.lr_g, args.lr_d, args.device)
     ema = copy.deepcopy(G).eval()
@@ -240,7 +240,7 @@ def train(args, checkpoint):
             net.compile(dynamic=False)
         print("compiling, which takes minutes (--no-compile)", flush=True)
 
-    t = encoder.encode(test_set.first_captions(8))    # grid: a row a caption, a column a noise
+    t = encoder.encode(test_set.first_captions(8))    # grid: rows are captions, columns noises
     grid = sample_noise(8, args.seed).repeat(len(t), 1), t.repeat_interleave(8, 0)
     num_steps, saved = args.epochs * len(batches), 0
     print(f"{len(train_set)} images, {num_steps} steps on {args.device}, to {args.out_dir}")
@@ -249,19 +249,19 @@ def train(args, checkpoint):
     for step in range(start, num_steps):
         epoch, batch = divmod(step, len(batches))
         torch.manual_seed(args.seed * 2**32 + step)    # resumed runs draw the same noise
-        images, captions, _ = batches(step)
-        t = embeddings[captions].mean(1)
+        images, captions, wrong = batches(step)
+        t, t_wrong = embeddings[captions].mean(1), embeddings[wrong].mean(1)
         z = torch.randn(common.world_size(), len(t), NZ, device=args.device)[common.rank()]
         with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
             fake = G(z, t)
-            d_stats = d_step(D, opt_d, images, fake, t, t.roll(1, 0), loss_function)
+            d_stats = d_step(D, opt_d, images, fake, t, t_wrong, loss_function)
             loss_g = g_step(D, opt_g, fake, t)
         update_ema(ema, G, min(args.ema, (1 + step) / (10 + step)))
 
         sums += torch.cat((loss_g[None], d_stats))
         end_of_epoch, stopping = batch + 1 == len(batches), stop.requested()
         if end_of_epoch or stopping or batch % 20 == 19:
-            means = dict(zip(names, (sums / (batch + 1)).tolist()))
+            means = dict(zip(names, (common.reduce_mean(sums) / (batch + 1)).tolist()))
             bar.note = "  ".join(f"{k} {v:.2f}" for k, v in means.items())
             if not sums.isfinite().all():
                 raise common.UserError(f"the loss is not finite; {args.out_dir}/last.pt is from "
@@ -323,19 +323,20 @@ def generate(G, noise, embeddings):
     return torch.cat([G(z, t) for z, t in pairs]).float()
 
 def sample(args, checkpoint):
-    """Draw a grid, a row a caption. --interpolate: a row a noise, from caption A to B, or with
-    --interpolate-noise a row a caption. --num-images: files, no grid."""
+    """Draw a grid, one row per caption. --interpolate: from caption A to B, one row per noise; with
+    --interpolate-noise: from noise to noise, one row per caption. --num-images: files, no grid."""
     G, encoder = load_generator(checkpoint, args.device)
     captions, n, seed = args.sample or args.interpolate, args.samples_per_caption, args.seed
     embeddings = encoder.encode_prompts(captions)
     noise = sample_noise(n, seed, args.truncation).repeat(len(captions), 1)
     t, alphas = embeddings.repeat_interleave(n, 0), torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
-        noise = torch.lerp(noise[:1], noise[1:2], alphas).repeat(2, 1)
+        noise = torch.lerp(*sample_noise(2, seed, args.truncation), alphas).repeat(2, 1)
     elif args.interpolate:
         noise = sample_noise(4, seed, args.truncation).repeat_interleave(n, 0)
         t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
-    path = args.out_dir / f"sample-{common.slug(captions)}-{seed}.png"
+    kind = "sample" if args.sample else "noise" if args.interpolate_noise else "captions"
+    path = args.out_dir / f"{kind}-{common.slug(captions)}-{seed}.png"
     if args.num_images:
         path = path.with_suffix("")
         for i in range(args.num_images * len(captions)):

@@ -33,10 +33,10 @@ NAME, NZ, TEXT, NT = "gan_cls", 100, 1024, 128    # noise z; embedding t; projec
 # ---- Networks
 
 class NearestUpConv(nn.Conv2d):
-    """Convolve F.interpolate(x, scale_factor=2.0) with 3x3 weights, in 2.25 times fewer FLOPs: each
-    4x4 weight of a transposed convolution sums the 3x3 weights that meet the same pixel."""
+    """Same as conv3x3(F.interpolate(x, scale_factor=2.0)), as a 4x4 transposed convolution with
+    2.25 times fewer FLOPs. Its weights are sums of the 3x3 weights that meet the same pixel."""
     def forward(self, x):
-        if x.shape[2] < 8:    # slower for few pixels
+        if x.shape[2] < 8:    # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
         weight = F.avg_pool2d(self.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)
         return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, 1)
@@ -76,7 +76,7 @@ class Discriminator(nn.Module):
     def __init__(self, ndf=64):
         super().__init__()
         self.image = image_encoder(ndf)
-        # Batch norm of the text: released code for birds and flowers; none in the figure
+        # Figure 2: no batch norm of the text; we follow the released code (birds, flowers)
         self.text = nn.Sequential(nn.Linear(TEXT, NT), nn.BatchNorm1d(NT), nn.LeakyReLU(0.2))
         self.joint = nn.Sequential(
             nn.Conv2d(8 * ndf + NT, 8 * ndf, 1, bias=False), nn.BatchNorm2d(8 * ndf),
@@ -118,11 +118,11 @@ def interpolate_embeddings(t):
 # ---- Steps
 
 def d_step(D, opt_d, real, fake, t, t_wrong):
-    """Update D. real, fake (B, 3, 64, 64); t, t_wrong (B, 1024), t_wrong None: no wrong pair.
+    """Update D. real, fake (B, 3, 64, 64); t, t_wrong (B, 1024), None: a GAN, D(wrong) = D(fake).
     Return loss, D(real), D(wrong), D(fake): a D that ignores its text has D(wrong) = D(real).
 
-    Wrong pair: image, caption of another class (Algorithm 1), thus the same features; released
-    code: caption, image of another class."""
+    Wrong pair: real image, mismatching caption (Algorithm 1), here of another class, so that h is
+    reused; released code: caption, image of another class."""
     h = D.features(real)
     s_real, s_fake = D.score(h, t), D(fake.detach(), t)
     s_wrong = s_fake if t_wrong is None else D.score(h, t_wrong)
@@ -187,7 +187,7 @@ def train(args, checkpoint):
             net.compile(dynamic=False)
         print("compiling, which takes minutes (--no-compile)", flush=True)
 
-    t = encoder.encode(test_set.first_captions(8))    # grid: a row a caption, a column a noise
+    t = encoder.encode(test_set.first_captions(8))    # grid: rows are captions, columns noises
     grid = sample_noise(8, args.seed).repeat(len(t), 1), t.repeat_interleave(8, 0)
     num_steps, saved = args.epochs * len(batches), 0
     print(f"{len(train_set)} images, {num_steps} steps on {args.device}, to {args.out_dir}")
@@ -199,7 +199,7 @@ def train(args, checkpoint):
             group["lr"] = args.lr * 0.5 ** ((epoch + 1) // args.lr_decay_epochs)
         torch.manual_seed(args.seed * 2**32 + step)    # resumed runs draw the same noise
         images, captions, wrong = batches(step)
-        # Released code: images of random classes, the mean of 4 captions; paper: one caption
+        # Paper: one caption; we follow the code, the mean of 4. Code: draws the class first
         t, t_wrong = embeddings[captions].mean(1), embeddings[wrong].mean(1)
         t_g = torch.cat((t, interpolate_embeddings(t))) if "int" in args.variant else t
         z = torch.randn(common.world_size(), len(t_g), NZ, device=args.device)[common.rank()]
@@ -213,7 +213,7 @@ def train(args, checkpoint):
         sums += torch.cat((loss_g[None], d_stats))
         end_of_epoch, stopping = batch + 1 == len(batches), stop.requested()
         if end_of_epoch or stopping or batch % 20 == 19:
-            means = dict(zip(names, (sums / (batch + 1)).tolist()))
+            means = dict(zip(names, (common.reduce_mean(sums) / (batch + 1)).tolist()))
             bar.note = "  ".join(f"{k} {v:.2f}" for k, v in means.items())
             if not sums.isfinite().all():
                 raise common.UserError(f"the loss is not finite; {args.out_dir}/last.pt is from "
@@ -258,19 +258,20 @@ def generate(G, noise, embeddings):
     return torch.cat([G(z, t) for z, t in pairs]).float()
 
 def sample(args, checkpoint):
-    """Draw a grid, a row a caption. --interpolate: a row a noise, from caption A to B, or with
-    --interpolate-noise a row a caption. --num-images: files, no grid."""
+    """Draw a grid, one row per caption. --interpolate: from caption A to B, one row per noise; with
+    --interpolate-noise: from noise to noise, one row per caption. --num-images: files, no grid."""
     G, encoder = load_generator(checkpoint, args.device)
     captions, n, seed = args.sample or args.interpolate, args.samples_per_caption, args.seed
     embeddings = encoder.encode_prompts(captions)
     noise = sample_noise(n, seed).repeat(len(captions), 1)
     t, alphas = embeddings.repeat_interleave(n, 0), torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
-        noise = torch.lerp(noise[:1], noise[1:2], alphas).repeat(2, 1)
+        noise = torch.lerp(*sample_noise(2, seed), alphas).repeat(2, 1)
     elif args.interpolate:
         noise = sample_noise(4, seed).repeat_interleave(n, 0)
         t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
-    path = args.out_dir / f"sample-{common.slug(captions)}-{seed}.png"
+    kind = "sample" if args.sample else "noise" if args.interpolate_noise else "captions"
+    path = args.out_dir / f"{kind}-{common.slug(captions)}-{seed}.png"
     if args.num_images:
         path = path.with_suffix("")
         for i in range(args.num_images * len(captions)):
@@ -303,7 +304,7 @@ def style_loss(S, z, fake):
     return (z - S(fake)).square().sum(1).mean()
 
 def style_transfer(args, checkpoint):
-    """Draw captions with pose and background of a photo, in a row after it."""
+    """Draw captions with the pose and background of a photo, after the photo."""
     G, encoder = load_generator(checkpoint, args.device)
     S = StyleEncoder(checkpoint["args"]["ndf"]).to(args.device)
     path = args.out_dir / f"style-encoder-{checkpoint['step']}.pt"

@@ -46,10 +46,10 @@ class ConditioningAugmentation(nn.Module):
         return mu + log_sigma.exp() * eps, mu, log_sigma
 
 class NearestUpConv(nn.Conv2d):
-    """Convolve F.interpolate(x, scale_factor=2.0) with 3x3 weights, in 2.25 times fewer FLOPs: each
-    4x4 weight of a transposed convolution sums the 3x3 weights that meet the same pixel."""
+    """Same as conv3x3(F.interpolate(x, scale_factor=2.0)), as a 4x4 transposed convolution with
+    2.25 times fewer FLOPs. Its weights are sums of the 3x3 weights that meet the same pixel."""
     def forward(self, x):
-        if x.shape[2] < 8:    # slower for few pixels
+        if x.shape[2] < 8:    # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
         weight = F.avg_pool2d(self.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)
         return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, 1)
@@ -120,8 +120,8 @@ class Stage2(nn.Module):
 class Discriminator(nn.Module):
     """Images (B, 3, S, S), t (B, 1024) -> logits (B,). Figure 2.
 
-    Joint layer: 3x3 as in the PyTorch release; else 1x1. Text: a layer of D; PyTorch release: the
-    detached mu of G."""
+    Joint layer: paper: 1x1; PyTorch release: 3x3; we follow the release. Text: a layer of D, as in
+    the paper; PyTorch release: the detached mu of G."""
     def __init__(self, ndf=64, size=64):
         super().__init__()
         down = [ndf * 2 ** i for i in range(int(math.log2(size)) - 2)]    # down to 4 x 4
@@ -168,7 +168,7 @@ def g_loss(fake):
     return F.softplus(-fake).mean()
 
 def kl_loss(mu, log_sigma):
-    """KL(N(mu, sigma^2) || N(0, 1)), the mean over dimensions (B, 128)  (eq. 2)."""
+    """KL(N(mu, sigma^2) || N(0, 1)), the mean and not the sum over dimensions (B, 128)  (eq. 2)."""
     return ((mu.square() + (2 * log_sigma).exp() - 1) / 2 - log_sigma).mean()
 
 # ---- Steps
@@ -183,7 +183,7 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
     h, h_fake = D.features(real), D.features(fake.detach())
     s_real, s_wrong, s_fake = D.score(h, t), D.score(h, t_wrong), D.score(h_fake, t)
     loss = d_loss(s_real, s_wrong, s_fake)
-    if D.unconditional:
+    if D.unconditional:    # Stage-II: the released weights
         real_loss = F.softplus(-s_real).mean() + F.softplus(-D.unconditional(h)).mean()
         fake_loss = (F.softplus(s_wrong) + F.softplus(s_fake)).mean()
         loss = real_loss / 2 + (fake_loss + F.softplus(D.unconditional(h_fake)).mean()) / 3
@@ -195,7 +195,7 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
 def g_step(D, opt_g, fake, t, kl):
     """Update G. fake = G(...) with its graph, that of d_step; t (B, TEXT). Return the loss.
 
-    Weight of kl, the kl_loss: 2 as released; paper: 1."""
+    Weight of kl, the kl_loss: 2, as released; paper: 1. The returned loss is without it."""
     D.requires_grad_(False)    # no gradients of D, no stale bf16 copies
     h = D.features(fake)
     loss = g_loss(D.score(h, t))
@@ -227,7 +227,7 @@ def build(stage, ngf=128, ndf=64, size=256, num_residual=4, lr=2e-4, device="cpu
 # ---- Training
 
 def train(args, checkpoint):
-    """Train or resume Stage-I, then Stage-II; args.stage: one of them."""
+    """Train or resume Stage-I, then Stage-II, or only args.stage."""
     reached = checkpoint["stage"] if checkpoint else 0
     stages = [args.stage] if args.stage else range(max(reached, 1), 3)
     if not reached <= stages[0] <= reached + 1:
@@ -272,7 +272,7 @@ def train_stage(args, checkpoint, stage):
             net.compile(dynamic=False)
         print("compiling, which takes minutes (--no-compile)", flush=True)
 
-    t = encoder.encode(test_set.first_captions(8))    # grid: a row a caption, a column a noise
+    t = encoder.encode(test_set.first_captions(8))    # grid: rows are captions, columns noises
     grid = sample_noise(8, args.seed).repeat(len(t), 1), t.repeat_interleave(8, 0)
     num_steps, saved = args.epochs * len(batches), 0
     print(f"Stage {stage}", end=": ")
@@ -301,7 +301,7 @@ def train_stage(args, checkpoint, stage):
         sums += torch.cat((torch.stack((loss_g, kl.detach())), d_stats))
         end_of_epoch, stopping = batch + 1 == len(batches), stop.requested()
         if end_of_epoch or stopping or batch % 20 == 19:
-            means = dict(zip(names, (sums / (batch + 1)).tolist()))
+            means = dict(zip(names, (common.reduce_mean(sums) / (batch + 1)).tolist()))
             bar.note = "  ".join(f"{k} {v:.2f}" for k, v in means.items())
             if not sums.isfinite().all():
                 raise common.UserError(f"the loss is not finite; {args.out_dir}/last.pt is from "
@@ -334,7 +334,7 @@ def load_generator(path, device="cpu"):
     args, G = state["args"], [Stage1(state["args"]["ngf"])]
     if state["stage"] == 2:
         G.append(Stage2(args["ngf"], args["size"], args["num_residual"]))
-    for net, name in zip(G[::-1], ("ema", "G1")):
+    for net, name in zip(G[::-1], ("ema", "G1")):    # the last stage is the EMA
         net.load_state_dict(state[name])
         net.eval().to(device, memory_format=torch.channels_last)
     encoder = common.text_encoder_from_state_dict(state["text_encoder"])
@@ -356,19 +356,20 @@ def generate(G, noise, embeddings):
     return torch.cat(images)
 
 def sample(args, checkpoint):
-    """Draw a grid, a row a caption. --interpolate: a row a noise, from caption A to B, or with
-    --interpolate-noise a row a caption. --num-images: files, no grid."""
+    """Draw a grid, one row per caption. --interpolate: from caption A to B, one row per noise; with
+    --interpolate-noise: from noise to noise, one row per caption. --num-images: files, no grid."""
     G, encoder = load_generator(checkpoint, args.device)
     captions, n, seed = args.sample or args.interpolate, args.samples_per_caption, args.seed
     embeddings = encoder.encode_prompts(captions)
     noise = sample_noise(n, seed).repeat(len(captions), 1)
     t, alphas = embeddings.repeat_interleave(n, 0), torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
-        noise = torch.lerp(noise[:1], noise[1:2], alphas).repeat(2, 1)
+        noise = torch.lerp(*sample_noise(2, seed), alphas).repeat(2, 1)
     elif args.interpolate:
         noise = sample_noise(4, seed).repeat_interleave(n, 0)
         t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
-    path = args.out_dir / f"sample-{common.slug(captions)}-{seed}.png"
+    kind = "sample" if args.sample else "noise" if args.interpolate_noise else "captions"
+    path = args.out_dir / f"{kind}-{common.slug(captions)}-{seed}.png"
     if args.num_images:
         path = path.with_suffix("")
         for i in range(args.num_images * len(captions)):

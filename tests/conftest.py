@@ -12,14 +12,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes on a CPU; run with -m slow")
-
 
 def pytest_collection_modifyitems(config, items):
     """Skip slow tests unless they are asked for by -m slow or --slow."""
@@ -28,14 +25,12 @@ def pytest_collection_modifyitems(config, items):
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
-
 def shared(*parts):
     """Return a path below ../shared; skip the test if it is missing."""
     path = ROOT.parent.joinpath("shared", *parts)
     if not path.exists():
         pytest.skip(f"../shared/{'/'.join(parts)} is missing")
     return path
-
 
 def load_module(path):
     """Import a Python file that is not on the path."""
@@ -44,13 +39,11 @@ def load_module(path):
     spec.loader.exec_module(module)
     return module
 
-
 def run(*command, cwd, timeout=300, **environment):
     """Run a Python command in a process of its own, as a user would, on one thread."""
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
         timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-
 
 def equal(a, b):
     """Return whether nested dicts, lists and tensors are bit-identical."""
@@ -60,16 +53,14 @@ def equal(a, b):
         return len(a) == len(b) and all(map(equal, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
-
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     """Run every test in an empty folder: runs/ and datasets/ are created there."""
     monkeypatch.chdir(tmp_path)
 
-
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """Return a folder with 24 captioned images in own/ and barely trained text encoders in runs/."""
+    """Return a folder: 24 captioned images in own/, barely trained text encoders in runs/."""
     home = tmp_path_factory.mktemp("home")
     colours = {"red": (230, 20, 20), "green": (20, 200, 40), "blue": (30, 40, 220)}
     for i in range(24):

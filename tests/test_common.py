@@ -19,7 +19,6 @@ WORDS = ["<end>", *(f"w{i}" for i in range(1, 49)), "café"]
 RELEASED = {"char_cnn_rnn": ("char_cnn_rnn_names", "char_cnn_rnn", {}),
             "damsm_text": ("damsm_released_names", "text_encoder", {"encoder.weight": (50, 300)})}
 
-
 def save_released(name):
     """Save an encoder of golden figures as released; captions.pickle is one of Python 2."""
     file, prefix, more = RELEASED[name]
@@ -31,7 +30,6 @@ def save_released(name):
     words = "".join(f"I{i}\nS'{word}'\np{i + 9}\ns" for i, word in enumerate(WORDS))
     path.with_name("captions.pickle").write_text(f"(lp0\n(lp1\na(lp2\na(dp3\n{words}a.", "latin1")
     return path
-
 
 @pytest.mark.parametrize("name, key", [("char_cnn_rnn", "embeddings"), ("damsm_text", "sentences")])
 def test_released_encoders(name, key):
@@ -46,22 +44,17 @@ def test_released_encoders(name, key):
     for x in (encoder.encode(captions), torch.cat([encoder.encode([c]) for c in captions])):
         np.testing.assert_allclose(x, golden[key], atol=1e-5, rtol=0)
 
-
-def test_character_positions():
+def test_tokens_of_characters_and_words():
     tokens = common.CharCNNRNN((8, 8, 8)).tokenize(["A-b é", "x" * 300])
     assert tokens.tolist() == [[1, 60, 2, 70] + [0] * 197, [24] * 201]    # "-": the second of two
-
-
-def test_damsm_vocabulary_and_long_captions():
     torch.save(common.DAMSMTextEncoder(WORDS).state_dict(), "damsm.pt")
     encoder = common.text_encoder_from_state_dict(torch.load("damsm.pt", weights_only=True))
     tokens = encoder.tokenize(["W3, unheard-of CAFÉ!", "w1", "unheard"])
-    assert tokens.tolist() == [[3, 49], [1, 0], [0, 0]] and encoder(tokens)[0].isfinite().all()
+    assert tokens.tolist() == [[3, 49], [1, 0], [0, 0]] and encoder.encode(["of"]).isfinite().all()
     rows = [encoder.tokenize([" ".join(WORDS[1:41])], torch.Generator().manual_seed(seed))[0]
             for seed in (7, 7, 8)]
     assert len(rows[0]) == 18 and (rows[0].diff() > 0).all() and rows[0].max() <= 40
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
-
 
 def test_prompts(capsys):
     damsm = common.DAMSMTextEncoder(["<end>", "a", "pink", "flower"])
@@ -77,7 +70,6 @@ def test_prompts(capsys):
         with pytest.raises(data.UserError, match="text encoder knows no"):
             encoder.encode_prompts(["a flower", caption])
 
-
 def test_unusable_encoders_are_user_errors():
     path = save_released("damsm_text")
     captions = path.with_name("captions.pickle")
@@ -90,32 +82,32 @@ def test_unusable_encoders_are_user_errors():
             common.load_text_encoder(name)
     assert not Path("ran").exists()
 
-
-def test_published_pickle():
-    with open(shared("reference", "lists", "cub_pickles", "train_filenames.pickle"), "rb") as file:
-        names = common.RestrictedUnpickler(file, encoding="latin1").load()
-    assert len(names) == 8855 and not {int(name[:3]) for name in names} & data.CUB_TEST
-
+def test_fold_batch_norm():
+    encoder, norm = common.CharCNNRNN((8, 8, 8)), torch.nn.BatchNorm1d(1024, affine=False)
+    norm(3 * encoder.encode(WORDS) + 1)    # sets its running statistics
+    x = norm.eval()(encoder.encode(WORDS))
+    common.fold_batch_norm(encoder, norm, WORDS)
+    torch.testing.assert_close(encoder.encode(WORDS), x / x.square().sum(1).mean().sqrt())
 
 def test_text_encoders_are_trained_and_chosen(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     name = data.dataset_id("own")
-    for kind, dim in (("char-cnn-rnn", 1024), ("damsm", 256)):
+    for kind, dim, iterations in (("char-cnn-rnn", 1024, 5), ("damsm", 256, 20)):
         path = tmp_path / f"{kind}.pt"
-        common.train_text_encoder(kind, name, "datasets", "cpu", path, 5, "small")
+        common.train_text_encoder(kind, name, "datasets", "cpu", path, iterations, "small")
         encoder = common.load_text_encoder(path)
         x = encoder.encode(data.load_dataset(name, size=64).captions)
         assert x.shape == (44, dim) and x.isfinite().all() and x.std(0).max() > 1e-4
-        assert "5 iterations" in encoder.config["description"]
-        if kind == "char-cnn-rnn":
-            assert x.square().sum(1).mean() == pytest.approx(1, rel=1e-4)
-            assert encoder.config["min_prompt_length"] == len("it is red")
+        assert f"{iterations} iterations" in encoder.config["description"]
+        assert torch.load(path)["image_encoder"]["global_proj.weight"].any()    # of SJE: 0 before
+        assert encoder.config.get("min_prompt_length") == {1024: len("it is red")}.get(dim)
+    red, green, same = encoder.encode(["a red picture", "a green picture", "it is red"])
+    assert torch.cosine_similarity(red, same, 0) > torch.cosine_similarity(red, green, 0) + 0.5
     trained, dataset = [], SimpleNamespace(name=name)
     monkeypatch.setattr(common, "train_text_encoder", lambda *a: trained.append(a[-2:]))
     for iterations, features in ((None, None), (2, "small"), (3, None), (None, "inception")):
         common.get_text_encoder("damsm", dataset, "", "cpu", None, None, iterations, features)
     assert trained == [(3, None), (None, "inception")]
-
 
 def test_joint_embedding_loss():
     (image, text), expect = np.random.default_rng(0).standard_normal((2, 7, 5)), 0
@@ -126,12 +118,11 @@ def test_joint_embedding_loss():
     loss = common.joint_embedding_loss(torch.from_numpy(image), torch.from_numpy(text))
     assert loss.item() == pytest.approx(expect, rel=1e-12)
 
-
 def test_damsm_losses():
     rng, classes, lengths = np.random.default_rng(2), [0, 1, 1, 2, 0], [3, 1, 2, 3, 2]
     regions, words = rng.standard_normal((5, 6, 4)), rng.standard_normal((5, 6, 3))
     image, sentence = rng.standard_normal((2, 5, 6))
-    score = np.zeros((2, 5, 5))
+    score, expect = np.zeros((2, 5, 5)), np.zeros(2)
     for i, j in np.ndindex(5, 5):
         e = words[j, :, :lengths[j]]                        # (6, T)
         s = np.exp(e.T @ regions[i])                        # (T, 4)
@@ -141,7 +132,6 @@ def test_damsm_losses():
         score[0, i, j] = 10 * math.log(np.exp(5 * cosine).sum())
         norms = np.linalg.norm(image[i]) * np.linalg.norm(sentence[j])
         score[1, i, j] = 10 * image[i] @ sentence[j] / norms
-    expect = np.zeros(2)
     for k, i in np.ndindex(2, 5):
         others = [j for j in range(5) if j == i or classes[j] != classes[i]]
         for s in (score[k], score[k].T):
@@ -150,7 +140,6 @@ def test_damsm_losses():
     assert loss.item() == pytest.approx(expect[0], rel=1e-10)
     loss = common.sentence_loss(*map(torch.tensor, (image, sentence, classes)))
     assert loss.item() == pytest.approx(expect[1], rel=1e-10)
-
 
 def test_checkpoints():
     path = Path("run/last.pt")
@@ -167,7 +156,6 @@ def test_checkpoints():
             common.load_checkpoint(name, kind)
     assert not Path("ran").exists()
 
-
 def test_signals_are_requests(monkeypatch):
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
@@ -177,14 +165,12 @@ def test_signals_are_requests(monkeypatch):
         handlers[number](number, None)
         assert stop.requested() and stop.signal == number
 
-
 def parse(line):
     parser = argparse.ArgumentParser("tiny.py")
     parser.add_argument("--ngf", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)
     presets, fixed = {"toy": {"batch_size": 16}, "flowers": {"ngf": 5}}, ("data", "ngf", "seed")
     return common.parse_args(parser, presets, fixed, line.split())
-
 
 def test_flags(capsys):
     state = {"kind": "tiny", "G": {}, "step": 7, "args": {"data": "flowers", "ngf": 6, "seed": 3}}
@@ -204,7 +190,6 @@ def test_flags(capsys):
         assert message in capsys.readouterr().err + str(error.value)
         assert getattr(error.value, "code", 2) == 2
 
-
 def test_frechet_distance():
     rng = np.random.default_rng(0)
     a, b, mean1, mean2 = rng.uniform(0.1, 2, (4, 6))
@@ -218,7 +203,6 @@ def test_frechet_distance():
     x, y = (common.mean_and_cov(torch.from_numpy(z)) for z in (x, y))
     assert common.frechet_distance(*x, *y) == pytest.approx(expect, rel=1e-10)
 
-
 def test_golden_inception(monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(shared("weights")))
     golden = np.load(shared("golden", "fid_flowers.npz"))
@@ -226,7 +210,6 @@ def test_golden_inception(monkeypatch):
     pooled, regions = common.FIDInception()(images)
     np.testing.assert_allclose(pooled, golden["features_a"], atol=1e-4, rtol=0)
     assert regions.shape == (8, 768, 36)
-
 
 @pytest.mark.slow
 def test_golden_fid(monkeypatch):
@@ -238,7 +221,6 @@ def test_golden_fid(monkeypatch):
                               for x in data.load_images(records, 64, "golden FID")])
         sets += common.mean_and_cov(features)
     assert common.frechet_distance(*sets) == pytest.approx(float(golden["fid"]), rel=0.005)
-
 
 def test_r_precision(monkeypatch):
     captions = torch.arange(3000)
@@ -255,7 +237,6 @@ def test_r_precision(monkeypatch):
         cosine = (noise[0, row] @ x / noise[0, row].norm(dim=1)).tolist()
         hits += cosine[0] == max(cosine)
     assert 0.2 < common.r_precision(image, numbers[:, 0], noise[0], classes) == hits / 3000 < 0.8
-
 
 def test_order_of_captions_and_toy_metric():
     dataset = data.load_dataset("toy", "test", 64)

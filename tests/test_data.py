@@ -15,11 +15,9 @@ from conftest import equal, shared
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 3, 70, 80), np.uint8)    # 12 images
 
-
 def png(i):
     Image.fromarray(NOISE[i % 12].transpose(1, 2, 0)).save(file := io.BytesIO(), "PNG")
     return file.getvalue()
-
 
 def pack(path, files):
     """Write a .zip, .tgz or .tar.gz of {name: bytes}."""
@@ -33,7 +31,6 @@ def pack(path, files):
                 member.size = len(content)
                 out.addfile(member, io.BytesIO(content))
 
-
 def load_folder(name, captions):
     """Write an image folder, of each 12 images 2, 4 and 6 in sub-folders a, b and c; load it."""
     for i, text in enumerate(captions):
@@ -43,7 +40,6 @@ def load_folder(name, captions):
         path.with_suffix(".txt").write_bytes(text.encode())
     return [data.load_dataset(name, split, 16) for split in ("train", "test")]
 
-
 def test_toy_split_and_classifier():
     train, test = data.toy(None, "train"), data.load_dataset("toy", "test", 64)
     pairs = [{(r.attributes["petal"], r.attributes["centre"]) for r in records}
@@ -52,7 +48,6 @@ def test_toy_split_and_classifier():
     shown = data.classify_toy(test.center_crop(torch.arange(len(test))))
     right = [[s[name] == r.attributes[name] for name in s] for s, r in zip(shown, test.records)]
     assert (np.mean(right, 0) >= 0.99).all()
-
 
 TEXTS, CUB = (b"zero\n\n two \n", b"one\r\ntwo"), "CUB_200_2011/"
 NOTES = {f"annotations/captions_{part}2014.json": json.dumps({
@@ -73,7 +68,6 @@ ARCHIVES = {    # in the order in which they are needed; image 0 is a test image
     "coco/train2014.zip": {"train2014/1.jpg": png(1)},
     "coco/val2014.zip": {"val2014/0.jpg": png(0)}}
 
-
 @pytest.mark.parametrize("name", ["flowers", "cub", "coco"])
 def test_archives(name, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.utils.download_url",
@@ -89,7 +83,6 @@ def test_archives(name, monkeypatch):
         assert dataset.captions == [caption] + ["two"] * (4 if name == "coco" else 1)
         assert np.array_equal(data.load_image(dataset.records[0], crop.shape[1]), crop)
 
-
 def test_real_flowers_and_cub():
     flowers, cub = ([f(shared("data", f.__name__), split) for split in ("train", "test")]
                     for f in (data.flowers, data.cub))
@@ -98,13 +91,11 @@ def test_real_flowers_and_cub():
     names = shared("reference", "lists", "cub_test_classes.txt").read_text().split()
     assert data.CUB_TEST == {int(name[:3]) for name in names}
 
-
 def test_image_folder(capsys):
     train, test = load_folder("own", ["\ufeffüb\r\n\r\n zwei\0 ", "\n", *map(str, range(2, 24))])
     assert "23 of 24 images have captions" in capsys.readouterr().out
     assert train.captions[:2] == ["üb", "zwei"] and len(train) == 21
     assert test.captions == ["16", "20"] and train.classes.bincount().tolist() == [3, 7, 11]
-
 
 @pytest.mark.parametrize("name", ["a.tgz", "a.zip"])
 def test_hostile_and_damaged_archives(tmp_path, name):
@@ -115,7 +106,6 @@ def test_hostile_and_damaged_archives(tmp_path, name):
         with pytest.raises(data.UserError, match=f"{name}.* if it is damaged"):
             data.fetch(name, archive.parent, "jpg")
         assert [path.name for path in tmp_path.rglob("*")] == ["in", name]
-
 
 def test_cache_is_rebuilt_after_a_change_and_never_half(monkeypatch):
     before = load_folder("own", "abcd")[0].images.clone()
@@ -129,7 +119,6 @@ def test_cache_is_rebuilt_after_a_change_and_never_half(monkeypatch):
     Image.new("RGBA", (80, 70), (201, 1, 1, 51)).save("own/b/03.png")    # a fifth: on white
     after = data.load_dataset("own", size=16).images
     assert torch.equal(after[:3], before[:3]) and after[3, :, 9, 9].tolist() == [244, 204, 204]
-
 
 def test_crops_captions_and_epochs():
     dataset, _ = load_folder("own", [f"{i}\n" * (1 + i % 3) for i in range(12)])
@@ -150,7 +139,6 @@ def test_crops_captions_and_epochs():
                 assert {owners[c] for c in pair} == {k} and len({*pair}) == min(2, 1 + k % 3)
     assert len(corners) == 32
 
-
 def test_other_classes_are_uniform():
     classes = torch.tensor([2, 0, 1, 2, 2, 1, 0, 2, 1, 2, 1, 2])
     drawn = data.sample_other_class(classes.argsort(), classes.bincount(), classes, 5000,
@@ -158,7 +146,6 @@ def test_other_classes_are_uniform():
     for i, row in enumerate(drawn):
         expect = 5000 * (classes != classes[i]) / (classes != classes[i]).sum()
         assert ((row.bincount(minlength=12) - expect).abs() <= 5 * expect.sqrt()).all()
-
 
 def test_batches_are_a_function_of_seed_and_step():
     dataset, _ = load_folder("own", ["a\nb\nc"] * 5)    # fewer images than a batch

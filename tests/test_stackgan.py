@@ -1,6 +1,6 @@
-"""stackgan.py: golden figures of the PyTorch release, losses, steps; functions of all scripts."""
-import copy
+"""stackgan.py: golden figures of the PyTorch release, losses, steps; each script on its own."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,12 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
-import dfgan
-import gan_cls
 import stackgan
-from conftest import load_module, shared
+from conftest import ROOT, load_module, run, shared
 from test_gan_cls import check_step
-
 
 class ReleasedCA(stackgan.ConditioningAugmentation):
     """The PyTorch release has a ReLU before mu and log sigma^2."""
@@ -21,21 +18,18 @@ class ReleasedCA(stackgan.ConditioningAugmentation):
         mu, log_variance = F.relu(self.fc(t)).chunk(2, 1)
         return mu + (log_variance / 2).exp() * eps, mu, log_variance / 2
 
-
 def released(net, prefix, stage1=False):
     """Fill a network with golden weights of the released one, whose layers have the same order."""
     names = json.loads(shared("golden", "stackgan_released_names.json").read_text())[prefix]
     names = [name for name in names if name.startswith("STAGE1_G.") == stage1]
+    net.text = torch.nn.Identity()    # the release gives mu to D
     if prefix.endswith("G"):
         net.ca = ReleasedCA()
-    else:
-        net.text = torch.nn.Identity()    # the release gives mu to D
     state = net.state_dict()
     fill = load_module(shared("golden", "golden_weights.py")).fill
     weights = fill(prefix, {name: v.shape for name, v in zip(names, state.values(), strict=True)})
     net.load_state_dict({key: weights.get(name, v) for name, (key, v) in zip(names, state.items())})
     return net
-
 
 @pytest.mark.parametrize("dtype, rel", [(torch.float64, 1e-6), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -58,7 +52,6 @@ def test_golden_figures(mode, dtype, rel):
         theirs = torch.tensor(golden[f"{mode}_{name}"])
         assert (value - theirs).abs().max() <= rel * theirs.abs().max(), name
 
-
 def test_number_of_parameters():
     """Those of the PyTorch release for COCO, without the text layer of D."""
     with torch.device("meta"):
@@ -67,24 +60,18 @@ def test_number_of_parameters():
                                       stackgan.Discriminator(96), stackgan.Discriminator(96, 256)))
     assert (g1, g1 + g2, d1, d2) == (20_020_832, 57_151_312, 12_407_425, 159_889_538)
 
-
-def test_conditioning_augmentation_and_kl():
-    ca, t, eps = stackgan.ConditioningAugmentation(), torch.randn(5, 1024), torch.randn(5, 128)
-    mu, log_sigma = F.leaky_relu(ca.fc(t), 0.2).split(128, 1)
-    torch.testing.assert_close(ca(t, eps), (mu + log_sigma.exp() * eps, mu, log_sigma))
-    kl = kl_divergence(Normal(mu, log_sigma.exp()), Normal(0.0, 1.0)).mean()
-    torch.testing.assert_close(stackgan.kl_loss(mu, log_sigma), kl)
-
-
 @pytest.mark.parametrize("stage, size, shape", [(1, 64, (100,)), (2, 128, (3, 64, 64))])
 def test_steps_minimise_the_losses(stage, size, shape):
     """Stage-II scores images alone too: two scores of right and three of wrong images."""
     torch.manual_seed(0)
-    G, D, opt_g, opt_d = stackgan.build(stage, 4, 2, size, 1)
+    G, D, opt_g, opt_d = stackgan.build(stage, 4, 2, 128, 1)
     G, D = G.double(), D.double()
     real, x, eps, t, t_wrong = (torch.randn(4, *s).double() for s in (
         (3, size, size), shape, (128,), (1024,), (1024,)))
     (fake, mu, log_sigma), (again, mu2, log_sigma2) = G(x, eps, t), G(x, eps, t)
+    hidden = F.leaky_relu(F.linear(t, *G.ca.fc.parameters()), 0.2)
+    torch.testing.assert_close((mu, log_sigma), hidden.split(128, 1))
+    torch.testing.assert_close(G.ca(t, eps)[0], mu + log_sigma.exp() * eps)
     torch.testing.assert_close(D.text(t), F.leaky_relu(F.linear(t, *D.text[0].parameters()), 0.2))
     h, h_fake = D.features(real), D.features(again.detach())
     right, wrong = [D.score(h, t)], [D.score(h, t_wrong), D.score(h_fake, t)]
@@ -97,24 +84,31 @@ def test_steps_minimise_the_losses(stage, size, shape):
     torch.testing.assert_close(stats[1:], probabilities)
     h, kl = D.features(again), stackgan.kl_loss(mu, log_sigma)
     scores = [D.score(h, t)] if stage == 1 else [D.score(h, t), D.unconditional(h)]
-    loss = 2 * stackgan.kl_loss(mu2, log_sigma2) - sum(F.logsigmoid(s).mean() for s in scores)
+    divergence = kl_divergence(Normal(mu2, log_sigma2.exp()), Normal(0.0, 1.0)).mean()
+    loss = 2 * divergence - sum(F.logsigmoid(s).mean() for s in scores)
     check_step(lambda: stackgan.g_step(D, opt_g, fake, t, kl) + 2 * kl.detach(), loss, G, D)
 
-
-@pytest.mark.parametrize("script", [dfgan, gan_cls, stackgan])
-def test_nearest_up_conv_and_moving_average(script):
-    up = script.NearestUpConv(5, 7, 3, 1, 1).double()
-    for size in (4, 8, 11):
-        x = torch.randn(2, 5, size, size + 1).double().requires_grad_()
-        plain = F.conv2d(F.interpolate(x, scale_factor=2), up.weight, up.bias, padding=1)
-        results = [(y, *torch.autograd.grad(y.sin().sum(), (x, up.weight, up.bias)))
-                   for y in (up(x), plain)]
-        torch.testing.assert_close(*results)
-    G = torch.nn.Sequential(up, torch.nn.BatchNorm2d(7))
-    ema = copy.deepcopy(G)
-    for value in G.state_dict().values():    # batch norm statistics, and a counter of integers
-        value.add_(2)
-    expected = {name: value + (0.6 if value.is_floating_point() else 0)
-                for name, value in ema.state_dict().items()}
-    script.update_ema(ema, G, 0.7)
-    torch.testing.assert_close(dict(ema.state_dict()), expected)
+@pytest.mark.parametrize("script, build, fake, kl", [
+    ("dfgan", "2, 64", "G(z, t)", ""), ("gan_cls", "4, 2", "G(z, t)", ""),
+    ("stackgan", "1, 4, 2", "G(z, eps, t)[0]", ", 0")])
+def test_script_alone(script, build, fake, kl, tmp_path):
+    """Both steps and update_ema need torch only. The command line prints a line."""
+    shutil.copy(ROOT / f"{script}.py", tmp_path)
+    done = run("-c", f"""
+import copy, runpy, sys
+sys.modules.update(dict.fromkeys(["torchvision", "PIL", "common", "data"]))    # cannot be imported
+import torch, {script} as m
+G, D, opt_g, opt_d = m.build({build})
+z, eps, t = (torch.randn(4, n) for n in (m.NZ, 128, m.TEXT))
+fake, real = {fake}, torch.randn(4, 3, 64, 64)
+ema, old = copy.deepcopy(G), copy.deepcopy(G.state_dict())
+assert m.d_step(D, opt_d, real, fake, t, t).isfinite().all()
+assert m.g_step(D, opt_g, fake, t{kl}).isfinite()
+m.update_ema(ema, G, 0.7)
+for name, x in ema.state_dict().items():    # of integers: the counters of batch norm
+    y = 0.7 * old[name] + 0.3 * G.state_dict()[name] if x.is_floating_point() else old[name]
+    torch.testing.assert_close(x, y)
+runpy.run_module("{script}", run_name="__main__")
+""", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1, "", "training and sampling need common.py and data.py\n")
