@@ -266,7 +266,7 @@ def sample(args, checkpoint):
     noise = sample_noise(n, seed).repeat(len(captions), 1)
     t, alphas = embeddings.repeat_interleave(n, 0), torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
-        noise = torch.lerp(*sample_noise(2, seed), alphas).repeat(2, 1)
+        noise = torch.lerp(noise[:1], noise[1:2], alphas).repeat(2, 1)
     elif args.interpolate:
         noise = sample_noise(4, seed).repeat_interleave(n, 0)
         t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)

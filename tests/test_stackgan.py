@@ -88,10 +88,10 @@ def test_steps_minimise_the_losses(stage, size, shape):
     loss = 2 * divergence - sum(F.logsigmoid(s).mean() for s in scores)
     check_step(lambda: stackgan.g_step(D, opt_g, fake, t, kl) + 2 * kl.detach(), loss, G, D)
 
-@pytest.mark.parametrize("script, build, fake, kl", [
-    ("dfgan", "2, 64", "G(z, t)", ""), ("gan_cls", "4, 2", "G(z, t)", ""),
-    ("stackgan", "1, 4, 2", "G(z, eps, t)[0]", ", 0")])
-def test_script_alone(script, build, fake, kl, tmp_path):
+@pytest.mark.parametrize("script, build, beta, fake, kl", [
+    ("dfgan", "2, 64", (0.0, 0.9), "G(z, t)", ""), ("gan_cls", "4, 2", (0.5, 0.999), "G(z, t)", ""),
+    ("stackgan", "1, 4, 2", (0.5, 0.999), "G(z, eps, t)[0]", ", 0")])
+def test_script_alone(script, build, beta, fake, kl, tmp_path):
     """Both steps and update_ema need torch only. The command line prints a line."""
     shutil.copy(ROOT / f"{script}.py", tmp_path)
     done = run("-c", f"""
@@ -102,8 +102,8 @@ G, D, opt_g, opt_d = m.build({build})
 z, eps, t = (torch.randn(4, n) for n in (m.NZ, 128, m.TEXT))
 fake, real = {fake}, torch.randn(4, 3, 64, 64)
 ema, old = copy.deepcopy(G), copy.deepcopy(G.state_dict())
-assert m.d_step(D, opt_d, real, fake, t, t).isfinite().all()
-assert m.g_step(D, opt_g, fake, t{kl}).isfinite()
+assert (m.d_step(D, opt_d, real, fake, t, t) + m.g_step(D, opt_g, fake, t{kl})).isfinite().all()
+assert opt_g.defaults["betas"] == opt_d.defaults["betas"] == {beta}
 m.update_ema(ema, G, 0.7)
 for name, x in ema.state_dict().items():    # of integers: the counters of batch norm
     y = 0.7 * old[name] + 0.3 * G.state_dict()[name] if x.is_floating_point() else old[name]
