@@ -69,8 +69,8 @@ def average_gradients(net, optimizer):
         grads = [p.grad for p in net.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads]) / world_size()
         dist.all_reduce(flat)
-        for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(mean.view_as(g))
+        means = flat.split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [mean.view_as(g) for mean, g in zip(means, grads)])
 
     if world_size() > 1:
         optimizer.register_step_pre_hook(all_reduce)

@@ -232,6 +232,8 @@ def train(args, checkpoint):
         for name in parts.keys() & checkpoint.keys():    # --init has no optimizers
             parts[name].load_state_dict(checkpoint[name])
     sums = sums.to(args.device)    # of losses since the epoch began
+    for optimizer in (opt_g, opt_d):    # a checkpoint may come from another device
+        optimizer.param_groups[0]["fused"] = "cuda" in args.device
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
     loss_function = torch.compile(d_loss, dynamic=False) if args.compile else d_loss

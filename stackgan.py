@@ -265,6 +265,8 @@ def train_stage(args, checkpoint, stage):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     sums = sums.to(args.device)    # of losses since the epoch began
+    for optimizer in (opt_g, opt_d):    # a checkpoint may come from another device
+        optimizer.param_groups[0]["fused"] = "cuda" in args.device
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
     if args.compile and common.world_size() == 1:    # SyncBatchNorm breaks the graph

@@ -1,9 +1,8 @@
-"""Training steps of this version against another one, and of dfgan.py against a plain step.
+"""Speed of one training step of D and G: images/s of each script on one batch.
 
-    python tests/benchmark.py --against FOLDER --textbook FILE --threads 2
+    python tests/benchmark.py --textbook FILE --threads 2
 
-FOLDER holds the gan_cls.py, stackgan.py and dfgan.py of the version before the rewrite. Prints
-images/s of one step of D and G on one batch, medians of alternating rounds, and their ratios."""
+FILE, if given, has make() and step() of a plain DF-GAN: measured in alternation, with the ratio."""
 import argparse
 import importlib.util
 import statistics
@@ -13,98 +12,60 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-# Name: script, stage of StackGAN, image size, batch size
-CASES = {"gan_cls": ("gan_cls", None, 64, 16), "stackgan 1": ("stackgan", 1, 64, 16),
-         "stackgan 2": ("stackgan", 2, 256, 4), "dfgan 64": ("dfgan", None, 64, 16),
-         "dfgan 256": ("dfgan", None, 256, 4)}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dfgan
+import gan_cls
+import stackgan
 
-def load_module(path):
-    """Import a Python file by its path."""
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def median_seconds(steps, rounds=5):
+    """Return the median time of each function of a dict, called in turns."""
+    times = {name: [] for name in steps}
+    for _ in range(rounds + 1):    # the first warms up
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
-def draw_batch(script, size, n, device):
-    """Return real and wrong images, embeddings of both, noise, eps, images of Stage-I."""
-    shapes = (3, size, size), (3, size, size), *[(256 if script == "dfgan" else 1024,)] * 2
-    x = [torch.randn(n, *shape, device=device) for shape in (*shapes, (100,), (128,), (3, 64, 64))]
-    return [v.tanh() if v.ndim == 4 else v for v in x]
-
-def generate(module, stage, G, t, z, eps, s0):
-    """Return images with their graph and, of StackGAN, [the KL divergence]."""
-    if stage is None:
-        return G(z, t), []
-    fake, mu, log_sigma = G(z if stage == 1 else s0, eps, t)
-    return fake, [module.kl_loss(mu.float(), log_sigma.float())]
-
-def new_step(module, stage, nets, batch):
-    """Run a step of this version."""
+def gan_step(module, nets, real, t, kl=False):
+    """Train D and G of a script once."""
     G, D, opt_g, opt_d = nets
-    real, _, t, t_wrong, *noise = batch
-    fake, kl = generate(module, stage, G, t, *noise)
-    module.d_step(D, opt_d, real, fake, t, t_wrong)
-    return module.g_step(D, opt_g, fake, t, *kl)
-
-def old_step(module, stage, nets, batch):
-    """Run a step of the version before: of DF-GAN `wrong` is embeddings, of the others images."""
-    G, D, opt_g, opt_d = nets
-    real, wrong, t, t_wrong, *noise = batch
-    fake, kl = generate(module, stage, G, t, *noise)
-    wrong = t_wrong if hasattr(module, "ma_gp") else wrong
-    module.d_step(D, opt_d, real, wrong, fake, t)
-    return module.g_step(D, opt_g, fake, t, *kl)
-
-def textbook_step(module, stage, nets, batch):
-    """Run a step of the plain file."""
-    return module.step(*nets, batch[0], batch[2])[1]
-
-def contenders(args, script, stage, size):
-    """Return steps and their networks by name."""
-    config = {"dfgan": dict(nf=args.nf, size=size), "stackgan": dict(stage=stage)}.get(script, {})
-    new = load_module(ROOT / f"{script}.py")
-    found = {"this version": (new_step, new, new.build(**config, device=args.device))}
-    if args.against:
-        old = load_module(args.against / f"{script}.py")
-        found["--against"] = old_step, old, old.make(**config, device=args.device)
-    if args.textbook and script == "dfgan":
-        plain = load_module(args.textbook)
-        found["--textbook"] = textbook_step, plain, plain.make(**config, device=args.device)
-    return found
+    fake = G(torch.randn(len(t), 100), *([torch.randn(len(t), 128)] if kl else []), t)
+    fake, *moments = fake if kl else [fake]
+    module.d_step(D, opt_d, real, fake, t, t.roll(1, 0))
+    module.g_step(D, opt_g, fake, t, *([module.kl_loss(*moments)] if kl else []))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--against", type=Path, metavar="FOLDER", help="of the version before")
-    add("--textbook", type=Path, metavar="FILE", help="with make() and step() of a plain DF-GAN")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--bf16", action="store_true", help="autocast; the plain step stays in float32")
-    add("--device", default="cpu")
-    add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
-    add("--batch-size", type=int, help="default: 16, at 256 px 4")
-    add("--nf", type=int, default=32, help="width of DF-GAN")
-    add("--rounds", type=int, default=5, help="after one that warms up")
+    parser.add_argument("--textbook", type=Path, metavar="FILE")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--bf16", action="store_true", help="the plain step stays in float32")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.device}, {args.threads} threads, bf16 {args.bf16}")
-    for name in args.cases:
-        script, stage, size, n = CASES[name]
-        n = args.batch_size or n
-        found = contenders(args, script, stage, size)
-        batch, times = draw_batch(script, size, n, args.device), {key: [] for key in found}
-        for _ in range(args.rounds + 1):
-            for key, (step, module, nets) in found.items():
-                start = time.perf_counter()
-                bf16 = args.bf16 and key != "--textbook"
-                with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=bf16):
-                    step(module, stage, nets, batch).item()    # waits for the device
-                times[key].append(time.perf_counter() - start)
-        speed = {key: n / statistics.median(values[1:]) for key, values in times.items()}
-        for key, value in speed.items():
-            print(f"{name:10} batch {n:3} {key:12} {value:9.2f} images/s, ratio of this version "
-                  f"{speed['this version'] / value:5.2f}", flush=True)
+    print(f"torch {torch.__version__}, CPU, {args.threads} threads, bf16 {args.bf16}")
+    for name, module, nets, size, dim, n in (
+            ("gan_cls", gan_cls, gan_cls.build(), 64, 1024, 16),
+            ("stackgan, Stage-I", stackgan, stackgan.build(1), 64, 1024, 16),
+            ("dfgan", dfgan, dfgan.build(size=64), 64, 256, 16),
+            ("dfgan", dfgan, dfgan.build(size=256), 256, 256, 4)):
+        real, t = torch.rand(n, 3, size, size) * 2 - 1, torch.randn(n, dim)
+
+        def this():
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                gan_step(module, nets, real, t, module is stackgan)
+
+        steps = {"this": this}
+        if args.textbook and module is dfgan:
+            spec = importlib.util.spec_from_file_location("textbook", args.textbook)
+            plain = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(plain)
+            plain_nets = plain.make(nf=32, size=size)
+            steps["plain"] = lambda: plain.step(*plain_nets, real, t)
+        seconds = median_seconds(steps)
+        ratio = ""
+        if "plain" in seconds:
+            ratio = f", {seconds['plain'] / seconds['this']:.2f} times the plain step"
+        print(f"{name}, {size} px, batch {n}: {n / seconds['this']:.2f} images/s{ratio}", flush=True)
 
 if __name__ == "__main__":
     main()

@@ -26,12 +26,14 @@ def train(home, tmp_path, monkeypatch):
 
     monkeypatch.chdir(home)
     monkeypatch.setattr(common.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    torch.set_num_threads(1)    # two threads take minutes where the cores are busy
     return train
 
 @pytest.mark.parametrize("case", CASES)
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_compiled_training(case, train, monkeypatch):
-    """No graph break, no graph after the first step, results of eager training; bf16 is near."""
+    """No graph break, no graph after the first step, results of eager training; bf16 is close."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(data.Progress, "update",
                         lambda *args: graphs.append(counters["stats"]["unique_graphs"]))
@@ -65,6 +67,7 @@ class FakeGPU(TorchDispatchMode):
         with self.fake:
             return function(*args, **kwargs)
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU: see gpu.py")
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("case, memory, copies", [
     *((case, 2**36, 1) for case in CASES), ("gan_cls", 0, 2)])

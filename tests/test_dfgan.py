@@ -78,11 +78,14 @@ def test_blocks_and_upsample_are_the_plain_ones():
     x, c = torch.randn(2, 6, 8, 8).double().requires_grad_(), torch.randn(2, 356).double()
     big = F.interpolate(x, scale_factor=2)
     h = F.conv2d(up.fuse1(big, c), up.c1.weight, up.c1.bias, padding=1)
-    torch.testing.assert_close(up(x, c), up.c_sc(big) + up.c2(up.fuse2(h, c)))
-    plain = F.avg_pool2d(down.conv_s(x), 2) + down.gamma * down.conv_r(x)
-    torch.testing.assert_close(down(x), plain)
-    results = [(y, torch.autograd.grad(y.sin().sum(), x)) for y in (dfgan.upsample(x), big)]
-    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    for ours, plain, net in (
+            (up(x, c), up.c_sc(big) + up.c2(up.fuse2(h, c)), up),
+            (down(x), F.avg_pool2d(down.conv_s(x), 2) + down.gamma * down.conv_r(x), down),
+            (dfgan.upsample(x), big, torch.nn.Identity())):
+        inputs = (x, *net.parameters())
+        results = [(y, *torch.autograd.grad(y.sin().sum(), inputs, retain_graph=True))
+                   for y in (ours, plain)]
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 def test_losses_against_loops():
     s = torch.randn(3, 9).double() * 2
