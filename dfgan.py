@@ -70,8 +70,8 @@ class NearestUpConv(nn.Conv2d):
 def upsample(x):
     """Same as F.interpolate(x, scale_factor=2.0), which autocast would run in float32."""
     b, c, h, w = x.shape
-    x = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
-    return x.reshape(b, c, 2 * h, 2 * w).contiguous(memory_format=torch.channels_last)
+    x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+    return x.reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)    # stays channels_last
 
 class UpBlock(nn.Module):
     """x (B, a, s, s), c (B, 356) -> (B, b, 2s, 2s). The first DFBlock and the shortcut come before
