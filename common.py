@@ -1,7 +1,6 @@
 """Text encoders, their training, evaluation, and what every run needs.
 
-    python common.py --encoder damsm --data flowers                    # train a text encoder
-    python common.py --export runs/dfgan-cub/last.pt --out small.pt    # for sampling only
+    python common.py --encoder damsm --data flowers    # trains a text encoder
 
 char-cnn-rnn: Reed et al., CVPR 2016, arXiv 1605.05395, 1024-d, for gan_cls.py and stackgan.py
 damsm: AttnGAN, Xu et al., CVPR 2018, arXiv 1711.10485, 256-d, for dfgan.py
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 import data
 from data import Progress, UserError
@@ -121,10 +120,8 @@ def save_checkpoint(path, state):
     """Write a dict atomically on rank 0; networks and optimizers as state dicts."""
     if rank() == 0:
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
-        with data.atomic_write(path) as part, open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with data.atomic_write(path) as part:
+            torch.save(state, part)
 
 def load_checkpoint(path, *kinds):
     """Load a checkpoint whose "kind" is one of kinds. It cannot execute code."""
@@ -134,18 +131,6 @@ def load_checkpoint(path, *kinds):
     except Exception as error:
         raise UserError(f"{path} is no {kinds[0]} checkpoint ({str(error)[:99]})") from None
     return state
-
-def export(source, path):
-    """Write what sampling needs of a checkpoint, weights in float16."""
-    state = load_checkpoint(source, "gan_cls", "stackgan", "dfgan")
-    for name in ("G", "D", "opt_g", "opt_d", "history", "sums"):
-        state.pop(name, None)
-    for net in ("ema", "G1", "text_encoder"):
-        for name, x in state.get(net, {}).items():
-            if getattr(x, "ndim", 0) > 1:    # not vectors: small variances underflow
-                state[net][name] = x.half()
-    state["args"]["data"] = Path(state["args"]["data"]).name
-    save_checkpoint(path, state)
 
 def save_grid(path, images, columns):
     """Write images (N, 3, S, S) in [-1, 1] as a PNG with rows of `columns` images."""
@@ -164,8 +149,7 @@ def save_log(path, history):
 
 def slug(captions):
     """Return a file name for captions."""
-    digest = hashlib.sha256(repr(captions).encode()).hexdigest()
-    return re.sub("[^a-z0-9]+", "-", captions[0].lower())[:40] + "-" + digest[:8]
+    return re.sub("[^a-z0-9]+", "-", " ".join(captions).lower())[:80].strip("-")
 
 def add_common_args(parser):
     """Add the flags that all scripts share."""
@@ -187,7 +171,7 @@ def add_common_args(parser):
     add("--samples-per-caption", type=int, default=8, metavar="N", help="images a row")
     add("--num-images", type=int, default=0, help="with --sample: files a caption, no grid")
     add("--interpolate", nargs=2, metavar=("A", "B"), help="draw from caption A to B")
-    add("--interpolate-noise", action="store_true", help="with --interpolate: noise to noise")
+    add("--interpolate-noise", nargs="+", metavar="CAPTION", help="draw from noise to noise")
     add("--evaluate", action="store_true", help="print FID and other metrics")
     add("--fid-samples", type=int, default=30000, metavar="N")
     add("--r-precision-encoder", metavar="FILE", help="default: runs/damsm-<data>/encoder.pt")
@@ -196,36 +180,29 @@ def parse_args(parser, presets, fixed, argv=None):
     """Return the flags, and the checkpoint of their run or None.
 
     Defaults: for names in `fixed` those of the checkpoint, else presets[data], else the paper's."""
-    script = parser.prog.removesuffix(".py")
     add_common_args(parser)
-    args = parser.parse_args(argv)
-    training = not (args.sample or args.interpolate or args.evaluate)
-    for flag, other in (("num_images", "sample"), ("style_image", "sample"),
-                        ("interpolate_noise", "interpolate")):
-        if getattr(args, flag, None) and not getattr(args, other):
-            parser.error(f"--{flag.replace('_', '-')} needs --{other}")
+    args, script = parser.parse_args(argv), parser.prog
+    captions = args.sample or args.interpolate or args.interpolate_noise
+    training = not (captions or args.evaluate)
+    if args.num_images and not args.sample:
+        parser.error("--num-images needs --sample")
     out_dir = Path(args.out_dir or f"runs/{script}-{Path(args.data).resolve().name}")
     path, checkpoint, saved = out_dir / "last.pt", None, {}
     new = training or getattr(args, "init", None)
     if not (new or args.out_dir or path.exists()) and args.data in ("toy", "flowers"):
         out_dir = Path(f"runs/{script}-weights")
         path = Path(__file__).parent / "weights" / f"{script}.pt"
-    if not (path.exists() or new):
-        parser.error(f"{path} does not exist; train first, without --sample or --evaluate")
     if path.exists():
         checkpoint = load_checkpoint(path, script)
         saved = {n: checkpoint["args"][n] for n in fixed if training or n != "seed"}
         print(f"{path}: trained on {saved['data']}, {checkpoint['step']} steps")
-    if training and checkpoint and "G" not in checkpoint:
-        parser.error("an exported model cannot be trained; give another --out-dir")
+    elif not new:
+        parser.error(f"{path} does not exist; train first, without --sample or --evaluate")
     parser.set_defaults(**presets.get(saved.get("data", args.data), {}) | saved)
     args = parser.parse_args(argv)
-    args.data, args.out_dir = data.dataset_id(args.data), out_dir
+    args.data, args.out_dir, args.captions = data.dataset_id(args.data), out_dir, captions
     for n, value in saved.items():
-        given = getattr(args, n)
-        if n == "data" and "G" not in checkpoint:    # an exported model has the name only
-            given = Path(given).name
-        if given != value:
+        if (given := getattr(args, n)) != value:
             flag = f"--{n.replace('_', '-')} {given}"
             parser.error(f"{flag} contradicts {path}, which has {value}; omit it or set --out-dir")
     if "cuda" in args.device and not torch.cuda.is_available():
@@ -363,7 +340,7 @@ class DAMSMTextEncoder(TextEncoder):
 def text_encoder_from_state_dict(state):
     """Return a frozen text encoder. Its state dict holds its widths or its vocabulary."""
     if "conv1.weight" in state and "rnn.i2h_update.weight" not in state:
-        raise UserError("Reed's encoder of flowers is another network (ReLU recurrence, 8 steps)")
+        raise ValueError("Reed's encoder of flowers is another network: ReLU recurrence, 8 steps")
     if "conv1.weight" in state:
         encoder = CharCNNRNN([len(state[f"conv{i}.weight"]) for i in (1, 2, 3)])
     else:
@@ -375,13 +352,14 @@ def text_encoder_from_state_dict(state):
 
 GAMMA1, GAMMA2, GAMMA3 = 4, 5, 10    # of DAMSM
 
-def joint_embedding_loss(image, text):
-    """Structured joint embedding of one image and text (B, 1024) a class (Reed et al. CVPR 2016,
-    eq. 3-5): max(0, 1 + F(wrong) - F(right)), both ways, F an inner product."""
+def joint_embedding_loss(image, text, classes):
+    """Structured joint embedding of images and texts (B, 1024) (Reed et al. CVPR 2016, eq. 3-5):
+    max(0, 1 + F(wrong) - F(right)), both ways, F an inner product. Pairs of one class are no wrong
+    pairs; released code: a batch has one image of a class."""
     score = image @ text.T    # (B, B)
     right = score.diag()
     loss = F.relu(1 + score - right[:, None]) + F.relu(1 + score - right)
-    return loss.fill_diagonal_(0).mean()
+    return loss.masked_fill(classes[:, None] == classes, 0).mean()
 
 def symmetric_cross_entropy(score, classes):
     """Cross-entropy of the right pairs over the rows plus over the columns of score (B, B).
@@ -402,7 +380,7 @@ def word_loss(regions, words, lengths, classes):
     score = torch.einsum("idn,jdt->ijnt", regions, words)    # of image i and caption j
     attention = score.masked_fill(padding[:, None], -math.inf).softmax(3)    # eq. 8
     attention = (GAMMA1 * attention).softmax(2)    # eq. 9
-    # The cosine of a word and its context c = regions @ attention, 8 times faster without c:
+    # Cosine of a word and its context c = regions @ attention, 8 times faster without c:
     # c.word = score.attention and |c|^2 = attention.(regions^T regions).attention
     gram = torch.einsum("idn,idm->inm", regions, regions)
     square = (torch.einsum("inm,ijmt->ijnt", gram, attention) * attention).sum(2)
@@ -428,10 +406,7 @@ class FIDInception(nn.Module):
         weights = torch.hub.load_state_dict_from_url(INCEPTION, weights_only=True)
         net.load_state_dict(weights, strict=False)
         self.head, net.fc = (net.fc if "fc.weight" in weights else None), nn.Identity()
-        for layer in net.eval().modules():
-            if hasattr(layer, "bn"):    # part of the convolution: 1.4 times faster on a CPU
-                layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
-        self.net = net.to(memory_format=torch.channels_last)
+        self.net = net.eval().to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         # torchvision's average pools count the padding; the FID's do not, and its last is a maximum
         for name, block in net.named_children():
@@ -489,24 +464,17 @@ class ImageEncoder(nn.Module):
 def fold_batch_norm(encoder, norm, captions):
     """Fold the norm into the last layer and scale embeddings to an RMS length of 1. At an RMS
     length of 32 the text swamps z, and G draws one image per caption."""
-    layer, scale = encoder.emb_proj, (norm.running_var + norm.eps).rsqrt()
-    layer.bias.sub_(norm.running_mean).mul_(scale)
-    layer.weight.mul_(scale[:, None])
+    encoder.emb_proj = layer = fuse_linear_bn_eval(encoder.emb_proj, norm)
     rms = encoder.encode(captions[::len(captions) // 1000 + 1]).square().sum(1).mean().sqrt()
-    for p in layer.parameters():
-        p.div_(rms)
-
-def retrieval_accuracy(image, text, image_class, text_class):
-    """Return how often an image (N, D) is closest to the mean text (M, D) of its class (Reed)."""
-    means = text.new_zeros(int(text_class.max()) + 1, text.shape[1])
-    means.index_add_(0, text_class, text).div_(text_class.bincount()[:, None])
-    return ((image @ means.T).argmax(1) == image_class).float().mean().item()
+    layer.weight /= rms
+    layer.bias /= rms
 
 def train_text_encoder(kind, name, root, device, path, iterations=None, features=None):
     """Train a text encoder on a dataset and save it with its image encoder."""
     toy, sje = name == "toy", kind == "char-cnn-rnn"
-    small = features == "small" or (toy and not features)
-    train_set, test_set = (data.load_dataset(name, s, 64, root) for s in ("train", "test"))
+    features = features or ("small" if toy else "inception")
+    small = features == "small"
+    train_set = data.load_dataset(name, "train", 64, root)
     iterations = iterations or (400 if toy else min(max(len(train_set), 300), 3000))
     minutes = (iterations * (0.1 if toy else 0.4) + len(train_set) * 0.1 * (not small)) / 60
     print(f"training {kind} on {len(train_set)} images, {iterations} iterations, {minutes:.0f} min "
@@ -522,29 +490,26 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
         words = re.findall(r"\w+", " ".join(train_set.captions).lower())
         encoder = DAMSMTextEncoder(["<end>", *dict.fromkeys(words)])
     image_encoder = ImageEncoder(encoder.dim, small)
-    norm = nn.BatchNorm1d(encoder.dim, affine=False)
+    norm = nn.BatchNorm1d(encoder.dim).requires_grad_(False)
     if sje:
         nn.init.zeros_(image_encoder.global_proj.weight)    # F = 0 at any scale of the text
     nets = nn.ModuleList([encoder, image_encoder, norm]).to(device)
     optimizer = torch.optim.Adam(nets.parameters(), lr, betas)
-    inputs, test_inputs = (s.center_crop if small else inception_features(s, device).__getitem__
-                           for s in (train_set, test_set))
+    inputs = None if small else inception_features(train_set, device)
     batches, rng = data.Batches(train_set, batch_size), torch.Generator().manual_seed(0)
     bar = Progress(iterations, f"training {kind}", "iterations")
     for step in range(iterations):
         optimizer.param_groups[0]["lr"] = lr * decay ** (step / iterations)
-        index = torch.randperm(len(train_set), generator=rng)
-        if sje and train_set.classes.max() >= 39:    # one image each of 40 classes, if there are 40
-            first = np.unique(train_set.classes[index], return_index=True)[1]
-            index = index[first][torch.randperm(len(first), generator=rng)]
-        index = index[:batch_size]
+        index = torch.randperm(len(train_set), generator=rng)[:batch_size]
         captions = [train_set.captions[i] for i in batches.sample_captions(index, rng)[:, 0]]
         tokens = encoder.tokenize(captions, rng).to(device)
-        image, regions = image_encoder(inputs(index).to(device).float())
+        x = train_set.center_crop(index) if small else inputs[index].float()
+        image, regions = image_encoder(x.to(device))
+        classes = train_set.classes[index].to(device)
         if sje:
-            loss = joint_embedding_loss(image, norm(encoder.embed(tokens)))
+            loss = joint_embedding_loss(image, norm(encoder.embed(tokens)), classes)
         else:
-            (words, sentence), classes = encoder(tokens), train_set.classes[index].to(device)
+            words, sentence = encoder(tokens)
             lengths = (tokens != 0).sum(1).clamp(min=1)
             loss = (word_loss(regions, words, lengths, classes)
                     + sentence_loss(image, sentence, classes))
@@ -555,22 +520,13 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
         optimizer.step()
         bar.note = f"loss {loss.item():.3f}"
         bar.update()
-
-    nets.eval()
+    nets.eval().requires_grad_(False)
     if sje:
         fold_batch_norm(encoder, norm, train_set.captions)
-    with torch.no_grad():
-        image = torch.cat([image_encoder(test_inputs(index).to(device).float())[0]
-                           for index in torch.arange(len(test_set)).split(64)])
-    text, classes = encoder.encode(test_set.captions), test_set.classes.to(device)
-    if not sje:
-        text = F.normalize(text)
-    accuracy = retrieval_accuracy(image, text, classes, classes[test_set.caption_owners])
-    encoder.config["description"] = (
-        f"{kind} trained here on {Path(name).name}, {iterations} iterations; retrieval of test "
-        f"classes {accuracy:.1%}, chance {1 / len(classes.unique()):.1%}")
-    save_checkpoint(path, {"kind": "text encoder", "data": name, "small": small, "encoder": encoder,
-                           "iterations": iterations, "image_encoder": image_encoder})
+    encoder.config["description"] = f"{kind} of {Path(name).name}, {iterations} iterations"
+    save_checkpoint(path, {
+        "kind": "text encoder", "data": name, "iterations": iterations, "features": features,
+        "text_encoder": encoder, "image_encoder": image_encoder})
 
 # ---- Choice of the text encoder
 
@@ -595,17 +551,14 @@ def load_text_encoder(path):
     needs its captions.pickle beside it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("text_encoder") or state.get("encoder") or state
+        state = state.get("text_encoder", state)
         if "_extra_state" not in state:
-            config = {"description": f"released encoder {path}"}
+            state["_extra_state"] = config = {"description": f"released encoder {path}"}
             if "encoder.weight" in state:
                 with open(Path(path).with_name("captions.pickle"), "rb") as file:
                     words = RestrictedUnpickler(file, encoding="latin1").load()[2]
                 config["vocabulary"] = [words[i] for i in range(len(words))]
-            state["_extra_state"] = config
         return text_encoder_from_state_dict(state)
-    except UserError:
-        raise
     except Exception as error:
         raise UserError(f"cannot load the text encoder {path} ({str(error)[:99]})") from None
 
@@ -627,8 +580,7 @@ def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None, it
     if not path:
         path = encoder_path(kind, dataset.name)
         found = load_checkpoint(path, "text encoder") if path.exists() else {}
-        wanted = {"data": dataset.name, "iterations": iterations,
-                  "small": None if features is None else features == "small"}    # None: any
+        wanted = {"data": dataset.name, "iterations": iterations, "features": features}
         if any(value not in (None, found.get(key)) for key, value in wanted.items()):
             train_text_encoder(kind, dataset.name, root, device, path, iterations, features)
     encoder = load_text_encoder(path)
@@ -637,16 +589,8 @@ def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None, it
     return encoder.to(device)
 
 def embed_captions(encoder, dataset):
-    """Return the embeddings of the captions of a dataset, (M, dim), cached on disk."""
-    digest = hashlib.sha256(repr(dataset.captions).encode(errors="replace"))
-    for p in encoder.parameters():
-        digest.update(p.cpu().numpy())
-    path = Path(f"{dataset.cache}-embeddings-{digest.hexdigest()[:16]}.pt")
-    if path.exists():
-        x = load_checkpoint(path, "embeddings")["x"].to(next(encoder.parameters()).device)
-    else:
-        x = encoder.encode(dataset.captions)
-        save_checkpoint(path, {"kind": "embeddings", "x": x})
+    """Return the embeddings of the captions of a dataset, (M, dim)."""
+    x = encoder.encode(dataset.captions)
     rms = x.square().sum(1).mean().sqrt()
     print(f"text encoder: {encoder.config['description']}; RMS length of embeddings {rms:.2f}")
     if encoder.dim == 1024 and rms > 2:
@@ -655,17 +599,14 @@ def embed_captions(encoder, dataset):
 
 # ---- Evaluation
 
-def mean_and_cov(features):
-    """Return the mean (D,) and covariance (D, D) of features (N, D), in float64."""
-    return features.double().mean(0), torch.cov(features.double().T)
-
-def frechet_distance(mean1, cov1, mean2, cov2):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, eq. 6)."""
-    # The eigenvalues of C1 C2 are those of the symmetric C1^(1/2) C2 C1^(1/2)
-    value, vector = torch.linalg.eigh(cov1)
-    root = vector * value.clamp(min=0).sqrt() @ vector.T
-    overlap = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * overlap).item()
+def frechet_distance(x, y):
+    """Return the FID of features (N, D) and (M, D), in float64 (Heusel et al. 2017, eq. 6):
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of their means and covariances."""
+    x, y = x.double(), y.double()
+    cov1, cov2 = torch.cov(x.T), torch.cov(y.T)
+    root = torch.linalg.eigvals(cov1 @ cov2).sqrt().real.sum()    # its trace
+    distance = (x.mean(0) - y.mean(0)).square().sum()
+    return (distance + cov1.trace() + cov2.trace() - 2 * root).item()
 
 def inception_score(logits):
     """exp E KL(p(y|x) || p(y)), mean of ten splits of logits (N, C) (Salimans et al. 2016)."""
@@ -687,19 +628,6 @@ def r_precision(image, captions, text, classes):
         hits += (score[:, 0] >= score.amax(1) - 1e-6).sum().item()    # equal captions are right
     return hits / len(image)
 
-def attribute_accuracy(images, captions, dataset):
-    """Return how often toy images show the attributes that their captions name.
-
-    images: batches (B, 3, S, S); captions: batches of numbers."""
-    right = {"petal": [], "centre": [], "count": []}
-    for x, numbers in zip(images, captions):
-        for shown, i in zip(data.classify_toy(x), numbers):
-            attributes = dataset.records[dataset.caption_owners[i]].attributes
-            for name in right:
-                if attributes[name] in dataset.captions[i]:
-                    right[name].append(shown[name] == attributes[name])
-    return {name: sum(values) / max(1, len(values)) for name, values in right.items()}
-
 def evaluation_captions(dataset, num_samples):
     """Return caption numbers in random order, repeated up to num_samples, in batches."""
     order = torch.randperm(len(dataset.captions), generator=torch.Generator().manual_seed(0))
@@ -711,46 +639,39 @@ def evaluate(images, captions, groups, test_set, device, r_precision_encoder=Non
 
     groups: batches of 8 samples of one caption."""
     if test_set.name == "toy":    # no download
-        metrics = attribute_accuracy(images, captions, test_set)
+        metrics = data.attribute_accuracy(images, captions, test_set)
         print(metrics)
         return metrics
-    net, encoder, fake, image = FIDInception().to(device), None, [], []
-    path = Path(r_precision_encoder or encoder_path("damsm", test_set.name))
-    if len(test_set.captions) < 200:
-        print(f"no R-precision: {len(test_set.captions)} test captions, at least 200 are needed")
-    elif path.exists():
-        state = load_checkpoint(path, "text encoder")
-        encoder = ImageEncoder(256, state["small"]).to(device).eval()
-        encoder.load_state_dict(state["image_encoder"])
-    else:
-        print(f"no {path} for R-precision: python common.py --encoder damsm --data {test_set.name}")
-    for x in images:
-        x = ((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1    # as in a PNG
-        fake.append(net(x)[0])
-        if encoder and encoder.small:
-            image.append(encoder(F.interpolate(x, (64, 64), mode="bilinear", antialias=True))[0])
-        elif encoder:
-            image.append(encoder.embed(fake[-1]))
-    fake = torch.cat(fake)
+    net = FIDInception().to(device)
+    fake = torch.cat([net(((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1)[0] for x in images])
     real = torch.cat([net(test_set.center_crop(index).to(device))[0]
                       for index in torch.arange(len(test_set)).split(64)])
     print(f"FID of {len(fake)} images against {len(real)} real test images of {test_set.size} px"
           + ("; too few to mean much" if min(len(fake), len(real)) < 500 else ""))
-    metrics = {"fid": frechet_distance(*mean_and_cov(real), *mean_and_cov(fake)),
+    metrics = {"fid": frechet_distance(real, fake),
                "diversity": torch.stack([F.pdist(net(x)[0]) for x in groups]).mean().item()}
     if net.head:
         print("Inception Score by the FID's network; published values of CUB are by another one")
         metrics["inception_score"] = inception_score(net.head(fake))
-    if encoder:
-        text = embed_captions(load_text_encoder(path).to(device), test_set).cpu()
-        image, captions = torch.cat(image).cpu(), torch.cat(captions)
+    path = Path(r_precision_encoder or encoder_path("damsm", test_set.name))
+    state = load_checkpoint(path, "text encoder") if path.exists() else {}
+    if len(test_set.captions) < 200:
+        print(f"no R-precision: {len(test_set.captions)} test captions, at least 200 are needed")
+    elif state.get("features") != "inception":
+        print(f"no R-precision: no encoder with Inception features in {path}; "
+              f"python common.py --encoder damsm --data {test_set.name} trains one")
+    else:
+        encoder = ImageEncoder(256, small=False).to(device).eval()
+        encoder.load_state_dict(state["image_encoder"])
+        text = embed_captions(load_text_encoder(path).to(device), test_set)
         classes = test_set.classes[test_set.caption_owners]
+        image, captions = encoder.embed(fake), torch.cat(captions)
         metrics["r_precision"] = r_precision(image, captions, text, classes)
     print(metrics)
     return metrics
 
 def main():
-    parser = argparse.ArgumentParser(description="Train a text encoder, or export a model.")
+    parser = argparse.ArgumentParser(description="Train a text encoder.")
     add = parser.add_argument
     add("--encoder", choices=["char-cnn-rnn", "damsm"], default="char-cnn-rnn")
     add("--data", default="toy", help="toy, flowers, cub, coco or a folder")
@@ -758,18 +679,13 @@ def main():
     add("--device", default="auto")
     add("--iterations", type=int, help="default: one per image, 300 to 3000; toy: 400")
     add("--image-features", choices=["inception", "small"])
-    add("--export", metavar="FILE", help="checkpoint to export to --out")
-    add("--out", type=Path)
+    add("--out", type=Path, help="default: runs/<encoder>-<data>/encoder.pt")
     args = parser.parse_args()
     name = data.dataset_id(args.data)
-    out = args.out or (Path("exported.pt") if args.export else encoder_path(args.encoder, name))
-    if args.export:
-        export(args.export, out)
-    else:
-        train_text_encoder(args.encoder, name, args.root, init_distributed(args.device), out,
-                           args.iterations, args.image_features)
-        print(load_text_encoder(out).config["description"])
-    print(f"saved {out}")
+    path = args.out or encoder_path(args.encoder, name)
+    train_text_encoder(args.encoder, name, args.root, init_distributed(args.device), path,
+                       args.iterations, args.image_features)
+    print(load_text_encoder(path).config["description"], path, sep="\n")
 
 if __name__ == "__main__":
     sys.exit(run(main))

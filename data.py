@@ -229,6 +229,18 @@ def classify_toy(images):
     return [dict(petal=[*PETALS, *BACKGROUNDS][p], centre=[*CENTRES][c], count=[*PETAL_COUNTS][k])
             for p, c, k in zip(petal, centre, count.argmax(1))]
 
+def attribute_accuracy(images, captions, dataset):
+    """Return how often toy images, batches (B, 3, S, S), show the attributes that their captions,
+    batches of numbers, name."""
+    right = {"petal": [], "centre": [], "count": []}
+    for x, numbers in zip(images, captions):
+        for shown, i in zip(classify_toy(x), numbers):
+            attributes = dataset.records[dataset.caption_owners[i]].attributes
+            for name in right:
+                if attributes[name] in dataset.captions[i]:
+                    right[name].append(shown[name] == attributes[name])
+    return {name: sum(values) / max(1, len(values)) for name, values in right.items()}
+
 # ---- Images
 
 def load_image(record, side):

@@ -205,7 +205,7 @@ def build(nf=32, size=256, lr_g=1e-4, lr_d=4e-4, device="cpu"):
     """Return G, D and their optimizers: Adam (section 4)."""
     nets = Generator(nf, size), Discriminator(nf, size)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
-    adam = dict(betas=(0.0, 0.9), fused="cuda" in str(device))
+    adam = dict(betas=(0.0, 0.9), fused=True)
     return G, D, Adam(G.parameters(), lr_g, **adam), Adam(D.parameters(), lr_d, **adam)
 
 # ---- Training
@@ -232,8 +232,6 @@ def train(args, checkpoint):
         for name in parts.keys() & checkpoint.keys():    # --init has no optimizers
             parts[name].load_state_dict(checkpoint[name])
     sums = sums.to(args.device)    # of losses since the epoch began
-    for optimizer in (opt_g, opt_d):    # a checkpoint may come from another device
-        optimizer.param_groups[0]["fused"] = "cuda" in args.device
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
     loss_function = torch.compile(d_loss, dynamic=False) if args.compile else d_loss
@@ -265,9 +263,7 @@ def train(args, checkpoint):
         if end_of_epoch or stopping or batch % 20 == 19:
             means = dict(zip(names, (common.reduce_mean(sums) / (batch + 1)).tolist()))
             bar.note = "  ".join(f"{k} {v:.2f}" for k, v in means.items())
-            if not sums.isfinite().all():
-                raise common.UserError(f"the loss is not finite; {args.out_dir}/last.pt is from "
-                                       "before; try a smaller learning rate in another --out-dir")
+            assert sums.isfinite().all(), "the loss is not finite: try a smaller learning rate"
         bar.update(args.batch_size)
         if end_of_epoch:
             sums.zero_()
@@ -311,12 +307,9 @@ def load_released(path, text_encoder, args):
     return {"kind": NAME, "step": 0, "history": [], "sums": torch.zeros(6), "G": G, "ema": G,
             "D": D, "args": vars(args), "text_encoder": text_encoder.state_dict()}
 
-def sample_noise(n, seed=0, truncation=None):
-    """Return z (n, 100) from N(0, 1), or truncation (released: 0.88) times N(0, 1) cut at +-2."""
-    rng = torch.Generator().manual_seed(seed)
-    if truncation is None:
-        return torch.randn(n, NZ, generator=rng)
-    return truncation * nn.init.trunc_normal_(torch.empty(n, NZ), a=-2, b=2, generator=rng)
+def sample_noise(n, seed=0):
+    """Return z (n, 100) from N(0, 1), the same on every device."""
+    return torch.randn(n, NZ, generator=torch.Generator().manual_seed(seed))
 
 @torch.no_grad()
 def generate(G, noise, embeddings):
@@ -325,24 +318,23 @@ def generate(G, noise, embeddings):
     return torch.cat([G(z, t) for z, t in pairs]).float()
 
 def sample(args, checkpoint):
-    """Draw a grid, one row per caption. --interpolate: from caption A to B, one row per noise; with
-    --interpolate-noise: from noise to noise, one row per caption. --num-images: files, no grid."""
+    """Draw a grid, one row per caption; --interpolate: from caption to caption, one row per noise;
+    --interpolate-noise: from noise to noise. --num-images: files instead of a grid."""
     G, encoder = load_generator(checkpoint, args.device)
-    captions, n, seed = args.sample or args.interpolate, args.samples_per_caption, args.seed
+    captions, n, seed = args.captions, args.samples_per_caption, args.seed
     embeddings = encoder.encode_prompts(captions)
-    noise = sample_noise(n, seed, args.truncation).repeat(len(captions), 1)
-    t, alphas = embeddings.repeat_interleave(n, 0), torch.linspace(0, 1, n)[:, None]
+    noise, t = sample_noise(n, seed).repeat(len(captions), 1), embeddings.repeat_interleave(n, 0)
+    kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
-        noise = torch.lerp(noise[:1], noise[1:2], alphas).repeat(2, 1)
+        kind, noise = "noise", torch.lerp(*noise[:2], alphas).repeat(len(captions), 1)
     elif args.interpolate:
-        noise = sample_noise(4, seed, args.truncation).repeat_interleave(n, 0)
+        kind, noise = "interpolation", sample_noise(4, seed).repeat_interleave(n, 0)
         t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
-    kind = "sample" if args.sample else "noise" if args.interpolate_noise else "captions"
     path = args.out_dir / f"{kind}-{common.slug(captions)}-{seed}.png"
     if args.num_images:
         path = path.with_suffix("")
         for i in range(args.num_images * len(captions)):
-            noise = sample_noise(1, seed * 2**20 + i, args.truncation)
+            noise = sample_noise(1, seed * 2**20 + i)
             image = generate(G, noise, embeddings[i % len(captions), None])
             common.save_grid(path / f"{i:05}.png", image, 1)
     else:
@@ -353,9 +345,8 @@ def evaluate(G, encoder, test_set, args):
     """Return a dict of metrics."""
     t = common.embed_captions(encoder, test_set)
     captions = common.evaluation_captions(test_set, args.fid_samples)
-    cut = args.truncation
-    images = (generate(G, sample_noise(len(c), i, cut), t[c]) for i, c in enumerate(captions))
-    groups = (generate(G, sample_noise(8, i, cut), t[[i] * 8]) for i in range(min(50, len(t))))
+    images = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
+    groups = (generate(G, sample_noise(8, i), t[[i] * 8]) for i in range(min(50, len(t))))
     return common.evaluate(images, captions, groups, test_set, args.device,
                            args.r_precision_encoder)
 
@@ -375,14 +366,13 @@ def main(argv=None):
     add("--lr-g", type=float, default=1e-4, help="section 4")
     add("--lr-d", type=float, default=4e-4, help="section 4")
     add("--nf", type=int, default=32, help="width of G and D (released; paper: 64)")
-    add("--truncation", type=float, metavar="T", help="of noise (released: 0.88)")
     add("--init", metavar="FILE", help="begin with a released state_epoch_*.pth")
     args, checkpoint = common.parse_args(parser, PRESETS, FIXED, argv)
     if args.init and not checkpoint:
         if not args.text_encoder:
             parser.error("--init needs --text-encoder, the DAMSM of its training")
         checkpoint = load_released(args.init, common.load_text_encoder(args.text_encoder), args)
-    if args.sample or args.interpolate:
+    if args.captions:
         return sample(args, checkpoint)
     if not args.evaluate:
         return train(args, checkpoint)

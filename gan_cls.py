@@ -153,7 +153,7 @@ def build(ngf=128, ndf=64, upsample="transposed", lr=2e-4, device="cpu"):
     """Return G, D and their optimizers: Adam (section 5)."""
     nets = Generator(ngf, upsample), Discriminator(ndf)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
-    adam = dict(betas=(0.5, 0.999), fused="cuda" in str(device))
+    adam = dict(betas=(0.5, 0.999), fused=True)
     return G, D, Adam(G.parameters(), lr, **adam), Adam(D.parameters(), lr, **adam)
 
 # ---- Training
@@ -180,8 +180,6 @@ def train(args, checkpoint):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     sums = sums.to(args.device)    # of losses since the epoch began
-    for optimizer in (opt_g, opt_d):    # a checkpoint may come from another device
-        optimizer.param_groups[0]["fused"] = "cuda" in args.device
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
     if args.compile and common.world_size() == 1:    # SyncBatchNorm breaks the graph
@@ -217,9 +215,7 @@ def train(args, checkpoint):
         if end_of_epoch or stopping or batch % 20 == 19:
             means = dict(zip(names, (common.reduce_mean(sums) / (batch + 1)).tolist()))
             bar.note = "  ".join(f"{k} {v:.2f}" for k, v in means.items())
-            if not sums.isfinite().all():
-                raise common.UserError(f"the loss is not finite; {args.out_dir}/last.pt is from "
-                                       "before; try a smaller learning rate in another --out-dir")
+            assert sums.isfinite().all(), "the loss is not finite: try a smaller learning rate"
         bar.update(args.batch_size)
         if end_of_epoch:
             sums.zero_()
@@ -260,19 +256,18 @@ def generate(G, noise, embeddings):
     return torch.cat([G(z, t) for z, t in pairs]).float()
 
 def sample(args, checkpoint):
-    """Draw a grid, one row per caption. --interpolate: from caption A to B, one row per noise; with
-    --interpolate-noise: from noise to noise, one row per caption. --num-images: files, no grid."""
+    """Draw a grid, one row per caption; --interpolate: from caption to caption, one row per noise;
+    --interpolate-noise: from noise to noise. --num-images: files instead of a grid."""
     G, encoder = load_generator(checkpoint, args.device)
-    captions, n, seed = args.sample or args.interpolate, args.samples_per_caption, args.seed
+    captions, n, seed = args.captions, args.samples_per_caption, args.seed
     embeddings = encoder.encode_prompts(captions)
-    noise = sample_noise(n, seed).repeat(len(captions), 1)
-    t, alphas = embeddings.repeat_interleave(n, 0), torch.linspace(0, 1, n)[:, None]
+    noise, t = sample_noise(n, seed).repeat(len(captions), 1), embeddings.repeat_interleave(n, 0)
+    kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
-        noise = torch.lerp(noise[:1], noise[1:2], alphas).repeat(2, 1)
+        kind, noise = "noise", torch.lerp(*noise[:2], alphas).repeat(len(captions), 1)
     elif args.interpolate:
-        noise = sample_noise(4, seed).repeat_interleave(n, 0)
+        kind, noise = "interpolation", sample_noise(4, seed).repeat_interleave(n, 0)
         t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
-    kind = "sample" if args.sample else "noise" if args.interpolate_noise else "captions"
     path = args.out_dir / f"{kind}-{common.slug(captions)}-{seed}.png"
     if args.num_images:
         path = path.with_suffix("")
@@ -327,11 +322,11 @@ def style_transfer(args, checkpoint):
     S.load_state_dict(common.load_checkpoint(path, "style encoder")["S"])
     photo = data.load_image(data.Record(Path(args.style_image), [], 0), args.size)
     photo = torch.tensor(photo, device=args.device)[None] / 127.5 - 1
-    t = encoder.encode_prompts(args.sample)
+    t = encoder.encode_prompts(args.captions)
     images = generate(G, S.eval()(photo).expand(len(t), -1), t)
-    path = args.out_dir / f"style-{Path(args.style_image).stem}-{common.slug(args.sample)}.png"
+    path = args.out_dir / f"style-{Path(args.style_image).stem}-{common.slug(args.captions)}.png"
     common.save_grid(path, torch.cat((photo, images)), len(t) + 1)
-    print(*map(repr, args.sample), path, sep="\n")
+    print(*map(repr, args.captions), path, sep="\n")
 
 # ---- Command line
 
@@ -359,9 +354,11 @@ def main(argv=None):
     add("--style-image", metavar="PHOTO", help="with --sample: its pose and background")
     add("--style-steps", type=int, default=2000, help="to train S")
     args, checkpoint = common.parse_args(parser, PRESETS, FIXED, argv)
+    if args.style_image and not args.sample:
+        parser.error("--style-image needs --sample")
     if args.style_image:
         return style_transfer(args, checkpoint)
-    if args.sample or args.interpolate:
+    if args.captions:
         return sample(args, checkpoint)
     if not args.evaluate:
         return train(args, checkpoint)

@@ -221,18 +221,14 @@ def build(stage, ngf=128, ndf=64, size=256, num_residual=4, lr=2e-4, device="cpu
     nets = ((Stage1(ngf), Discriminator(ndf, 64)) if stage == 1 else
             (Stage2(ngf, size, num_residual), Discriminator(ndf, size)))
     G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
-    adam = dict(betas=(0.5, 0.999), fused="cuda" in str(device))
+    adam = dict(betas=(0.5, 0.999), fused=True)
     return G, D, Adam(G.parameters(), lr, **adam), Adam(D.parameters(), lr, **adam)
 
 # ---- Training
 
 def train(args, checkpoint):
-    """Train or resume Stage-I, then Stage-II, or only args.stage."""
-    reached = checkpoint["stage"] if checkpoint else 0
-    stages = [args.stage] if args.stage else range(max(reached, 1), 3)
-    if not reached <= stages[0] <= reached + 1:
-        raise common.UserError(f"--stage {args.stage}: {args.out_dir} has reached Stage {reached}")
-    for stage in stages:
+    """Train or resume Stage-I, then Stage-II, up to args.stage."""
+    for stage in range(checkpoint["stage"] if checkpoint else 1, args.stage + 1):
         if status := train_stage(args, checkpoint, stage):
             return status
         with common.main_process_first():
@@ -265,8 +261,6 @@ def train_stage(args, checkpoint, stage):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     sums = sums.to(args.device)    # of losses since the epoch began
-    for optimizer in (opt_g, opt_d):    # a checkpoint may come from another device
-        optimizer.param_groups[0]["fused"] = "cuda" in args.device
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
     if args.compile and common.world_size() == 1:    # SyncBatchNorm breaks the graph
@@ -305,9 +299,7 @@ def train_stage(args, checkpoint, stage):
         if end_of_epoch or stopping or batch % 20 == 19:
             means = dict(zip(names, (common.reduce_mean(sums) / (batch + 1)).tolist()))
             bar.note = "  ".join(f"{k} {v:.2f}" for k, v in means.items())
-            if not sums.isfinite().all():
-                raise common.UserError(f"the loss is not finite; {args.out_dir}/last.pt is from "
-                                       "before; try a smaller learning rate in another --out-dir")
+            assert sums.isfinite().all(), "the loss is not finite: try a smaller learning rate"
         bar.update(args.batch_size)
         if end_of_epoch:
             sums.zero_()
@@ -358,19 +350,19 @@ def generate(G, noise, embeddings):
     return torch.cat(images)
 
 def sample(args, checkpoint):
-    """Draw a grid, one row per caption. --interpolate: from caption A to B, one row per noise; with
-    --interpolate-noise: from noise to noise, one row per caption. --num-images: files, no grid."""
+    """Draw a grid, one row per caption; --interpolate: from caption to caption, one row per noise;
+    --interpolate-noise: from noise to noise. --num-images: files instead of a grid."""
     G, encoder = load_generator(checkpoint, args.device)
-    captions, n, seed = args.sample or args.interpolate, args.samples_per_caption, args.seed
+    G = G[:args.stage]
+    captions, n, seed = args.captions, args.samples_per_caption, args.seed
     embeddings = encoder.encode_prompts(captions)
-    noise = sample_noise(n, seed).repeat(len(captions), 1)
-    t, alphas = embeddings.repeat_interleave(n, 0), torch.linspace(0, 1, n)[:, None]
+    noise, t = sample_noise(n, seed).repeat(len(captions), 1), embeddings.repeat_interleave(n, 0)
+    kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
-        noise = torch.lerp(noise[:1], noise[1:2], alphas).repeat(2, 1)
+        kind, noise = "noise", torch.lerp(*noise[:2], alphas).repeat(len(captions), 1)
     elif args.interpolate:
-        noise = sample_noise(4, seed).repeat_interleave(n, 0)
+        kind, noise = "interpolation", sample_noise(4, seed).repeat_interleave(n, 0)
         t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
-    kind = "sample" if args.sample else "noise" if args.interpolate_noise else "captions"
     path = args.out_dir / f"{kind}-{common.slug(captions)}-{seed}.png"
     if args.num_images:
         path = path.with_suffix("")
@@ -379,9 +371,7 @@ def sample(args, checkpoint):
             image = generate(G, noise, embeddings[i % len(captions), None])
             common.save_grid(path / f"{i:05}.png", image, 1)
     else:
-        images = [generate(G[:i], noise, t) for i in range(1, len(G) + 1)]    # of each stage
-        images = [F.interpolate(x, images[-1].shape[2:]).unflatten(0, (-1, n)) for x in images]
-        common.save_grid(path, torch.stack(images, 1).flatten(0, 2), n)
+        common.save_grid(path, generate(G, noise, t), n)
     print(*map(repr, captions), path, sep="\n")
 
 def evaluate(G, encoder, test_set, args):
@@ -406,7 +396,7 @@ FIXED = ("data", "size", "ngf", "ndf", "num_residual", "batch_size", "lr", "lr_d
 def main(argv=None):
     parser = argparse.ArgumentParser(NAME, description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--stage", type=int, choices=[1, 2], help="one stage only")
+    add("--stage", type=int, choices=[1, 2], default=2, help="the last stage")
     add("--epochs", type=int, default=600, help="of each stage (section 3.5)")
     add("--batch-size", type=int, default=64, help="section 3.5")
     add("--size", type=int, choices=[128, 256], default=256, help="of Stage-II (section 3.5)")
@@ -417,7 +407,7 @@ def main(argv=None):
     add("--num-residual", type=int, default=4, help="section 3.5: 4, at 128 px 2")
     add("--captions-per-image", type=int, default=4, help="averaged (TensorFlow release)")
     args, checkpoint = common.parse_args(parser, PRESETS, FIXED, argv)
-    if args.sample or args.interpolate:
+    if args.captions:
         return sample(args, checkpoint)
     if not args.evaluate:
         return train(args, checkpoint)

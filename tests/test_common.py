@@ -83,9 +83,9 @@ def test_unusable_encoders_are_user_errors():
     assert not Path("ran").exists()
 
 def test_fold_batch_norm():
-    encoder, norm = common.CharCNNRNN((8, 8, 8)), torch.nn.BatchNorm1d(1024, affine=False)
+    encoder, norm = common.CharCNNRNN((8, 8, 8)), torch.nn.BatchNorm1d(1024)
     norm(3 * encoder.encode(WORDS) + 1)    # sets its running statistics
-    x = norm.eval()(encoder.encode(WORDS))
+    x = norm.requires_grad_(False).eval()(encoder.requires_grad_(False).encode(WORDS))
     common.fold_batch_norm(encoder, norm, WORDS)
     torch.testing.assert_close(encoder.encode(WORDS), x / x.square().sum(1).mean().sqrt())
 
@@ -111,11 +111,12 @@ def test_text_encoders_are_trained_and_chosen(home, tmp_path, monkeypatch):
 
 def test_joint_embedding_loss():
     (image, text), expect = np.random.default_rng(0).standard_normal((2, 7, 5)), 0
+    classes = [0, 1, 2, 1, 3, 4, 0]
     for i, j in np.ndindex(7, 7):
-        if i != j:
+        if classes[i] != classes[j]:
             for wrong in (image[i] @ text[j], image[j] @ text[i]):    # text, image
                 expect += max(0, 1 + wrong - image[i] @ text[i]) / 49
-    loss = common.joint_embedding_loss(torch.from_numpy(image), torch.from_numpy(text))
+    loss = common.joint_embedding_loss(*map(torch.tensor, (image, text, classes)))
     assert loss.item() == pytest.approx(expect, rel=1e-12)
 
 def test_damsm_losses():
@@ -166,7 +167,7 @@ def test_signals_are_requests(monkeypatch):
         assert stop.requested() and stop.signal == number
 
 def parse(line):
-    parser = argparse.ArgumentParser("tiny.py")
+    parser = argparse.ArgumentParser("tiny")
     parser.add_argument("--ngf", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)
     presets, fixed = {"toy": {"batch_size": 16}, "flowers": {"ngf": 5}}, ("data", "ngf", "seed")
@@ -192,16 +193,17 @@ def test_flags(capsys):
 
 def test_frechet_distance():
     rng = np.random.default_rng(0)
-    a, b, mean1, mean2 = rng.uniform(0.1, 2, (4, 6))
-    expect = ((mean1 - mean2) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    diagonal = map(torch.tensor, (mean1, np.diag(a), mean2, np.diag(b)))
-    assert common.frechet_distance(*diagonal) == pytest.approx(expect, rel=1e-10)
     x, y = rng.standard_normal((50, 5)), rng.standard_normal((40, 5)) @ rng.standard_normal((5, 5))
-    c1, c2 = np.cov(x.T), np.cov(y.T)    # they do not commute
-    expect = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(c1 + c2)
-    expect -= 2 * np.sqrt(np.linalg.eigvals(c1 @ c2)).sum().real
-    x, y = (common.mean_and_cov(torch.from_numpy(z)) for z in (x, y))
-    assert common.frechet_distance(*x, *y) == pytest.approx(expect, rel=1e-10)
+    expect = x.var(0, ddof=1).sum()    # against a point: |m1 - m2|^2 + tr(C1)
+    expect += ((x.mean(0) - y[0]) ** 2).sum()
+    points = torch.from_numpy(y[:1]).expand(9, -1)
+    assert common.frechet_distance(torch.from_numpy(x), points) == pytest.approx(expect, rel=1e-7)
+    (value, vector), c2 = np.linalg.eigh(np.cov(x.T)), np.cov(y.T)    # they do not commute
+    root = vector * np.sqrt(value) @ vector.T    # C1^(1/2): the other formula of the trace
+    expect = ((x.mean(0) - y.mean(0)) ** 2).sum() + value.sum() + np.trace(c2)
+    expect -= 2 * np.sqrt(np.linalg.eigvalsh(root @ c2 @ root)).sum()
+    distance = common.frechet_distance(torch.from_numpy(x), torch.from_numpy(y))
+    assert distance == pytest.approx(expect, rel=1e-10)
 
 def test_golden_inception(monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(shared("weights")))
@@ -219,7 +221,7 @@ def test_golden_fid(monkeypatch):
         records = [data.Record(shared("data", f"flowers/jpg/image_{i:05}.jpg"), [], 0) for i in ids]
         features = torch.cat([net(torch.from_numpy(x) / 127.5 - 1)[0]
                               for x in data.load_images(records, 64, "golden FID")])
-        sets += common.mean_and_cov(features)
+        sets.append(features)
     assert common.frechet_distance(*sets) == pytest.approx(float(golden["fid"]), rel=0.005)
 
 def test_r_precision(monkeypatch):
@@ -246,9 +248,9 @@ def test_order_of_captions_and_toy_metric():
     assert torch.equal(order[n:], order[:6000 - n]) and order[:9].max() > 9
     captions = captions[:5]
     images = [dataset.center_crop(dataset.caption_owners[c]) for c in captions]
-    assert min(common.attribute_accuracy(images, captions, dataset).values()) > 0.98
+    assert min(data.attribute_accuracy(images, captions, dataset).values()) > 0.98
     images = [x.flip(0) for x in images]    # of other captions
-    assert max(common.attribute_accuracy(images, captions, dataset).values()) < 0.6
+    assert max(data.attribute_accuracy(images, captions, dataset).values()) < 0.6
 
 def test_inception_score():
     """Ten splits, against a plain loop; equal predictions give 1."""
