@@ -1,71 +1,56 @@
-"""Speed of one training step of D and G: images/s of each script on one batch.
+"""Speed of one training step of D and G on a CPU: images/s of each script on one batch.
 
     python tests/benchmark.py --textbook FILE --threads 2
 
 FILE, if given, has make() and step() of a plain DF-GAN: measured in alternation, with the ratio."""
 import argparse
-import importlib.util
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from conftest import load_module
 import dfgan
 import gan_cls
 import stackgan
 
-def median_seconds(steps, rounds=5):
-    """Return the median time of each function of a dict, called in turns."""
-    times = {name: [] for name in steps}
-    for _ in range(rounds + 1):    # the first warms up
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-def gan_step(module, nets, real, t, kl=False):
-    """Train D and G of a script once."""
+def step(module, nets, real, t, eps):
+    """Train D and G of a script once; eps, the noise of StackGAN, is empty for the others."""
     G, D, opt_g, opt_d = nets
-    fake = G(torch.randn(len(t), 100), *([torch.randn(len(t), 128)] if kl else []), t)
-    fake, *moments = fake if kl else [fake]
+    fake, kl = G(torch.randn(len(t), 100), *eps, t), []
+    if eps:
+        fake, mu, log_sigma = fake
+        kl = [module.kl_loss(mu, log_sigma)]
     module.d_step(D, opt_d, real, fake, t, t.roll(1, 0))
-    module.g_step(D, opt_g, fake, t, *([module.kl_loss(*moments)] if kl else []))
+    module.g_step(D, opt_g, fake, t, *kl)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--textbook", type=Path, metavar="FILE")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--bf16", action="store_true", help="the plain step stays in float32")
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, CPU, {args.threads} threads, bf16 {args.bf16}")
-    for name, module, nets, size, dim, n in (
-            ("gan_cls", gan_cls, gan_cls.build(), 64, 1024, 16),
-            ("stackgan, Stage-I", stackgan, stackgan.build(1), 64, 1024, 16),
-            ("dfgan", dfgan, dfgan.build(size=64), 64, 256, 16),
-            ("dfgan", dfgan, dfgan.build(size=256), 256, 256, 4)):
-        real, t = torch.rand(n, 3, size, size) * 2 - 1, torch.randn(n, dim)
-
-        def this():
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                gan_step(module, nets, real, t, module is stackgan)
-
-        steps = {"this": this}
-        if args.textbook and module is dfgan:
-            spec = importlib.util.spec_from_file_location("textbook", args.textbook)
-            plain = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(plain)
+    print(f"torch {torch.__version__}, CPU, {args.threads} threads")
+    plain = args.textbook and load_module(args.textbook)
+    for module, nets, size, n in (
+            (gan_cls, gan_cls.build(), 64, 16), (stackgan, stackgan.build(1), 64, 16),
+            (dfgan, dfgan.build(size=64), 64, 16), (dfgan, dfgan.build(size=256), 256, 4)):
+        real, t = torch.rand(n, 3, size, size) * 2 - 1, torch.randn(n, module.TEXT)
+        eps = [torch.randn(n, 128)] if module is stackgan else []
+        steps = [lambda: step(module, nets, real, t, eps)]
+        if plain and module is dfgan:
             plain_nets = plain.make(nf=32, size=size)
-            steps["plain"] = lambda: plain.step(*plain_nets, real, t)
-        seconds = median_seconds(steps)
-        ratio = ""
-        if "plain" in seconds:
-            ratio = f", {seconds['plain'] / seconds['this']:.2f} times the plain step"
-        print(f"{name}, {size} px, batch {n}: {n / seconds['this']:.2f} images/s{ratio}", flush=True)
+            steps.append(lambda: plain.step(*plain_nets, real, t))
+        times = [[] for _ in steps]
+        for _ in range(6):    # the first round warms up
+            for function, durations in zip(steps, times):
+                start = time.perf_counter()
+                function()
+                durations.append(time.perf_counter() - start)
+        this, *other = (statistics.median(durations[1:]) for durations in times)
+        ratio = "".join(f", {seconds / this:.2f} times the plain step" for seconds in other)
+        print(f"{module.NAME}, {size} px, batch {n}: {n / this:.2f} images/s{ratio}", flush=True)
 
 if __name__ == "__main__":
     main()

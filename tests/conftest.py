@@ -13,18 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)    # tiny networks: more threads only wait for each other
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes on a CPU; run with -m slow")
 
 def pytest_collection_modifyitems(config, items):
-    """Skip slow tests unless they are asked for by -m slow or --slow."""
-    if "slow" not in config.option.markexpr and not config.option.slow:
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+    """Skip slow tests unless they are asked for by -m slow."""
+    for item in items:
+        if "slow" in item.keywords and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 def shared(*parts):
     """Return a path below ../shared; skip the test if it is missing."""

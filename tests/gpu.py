@@ -1,6 +1,6 @@
 """Measure and check the three scripts on a GPU: python tests/gpu.py (it stops after 9.5 minutes).
 
-Prints parity with the CPU, DF-GAN's double backward, a log of a resumed run, speed of steps."""
+Prints parity with the CPU, the log of a resumed run, and the speed of steps."""
 import signal
 import subprocess
 import sys
@@ -81,22 +81,6 @@ def parity(name, config, device, batch=4):
         grads.append([torch.cat([p.grad.cpu().flatten() for p in n.parameters()]) for n in nets])
     return max(((a - b).norm() / a.norm()).item() for a, b in zip(*grads))
 
-def double_backward(config, batch, device, dtype):
-    """Return ms of weight gradients in D's double backward: as PyTorch writes them, and plain."""
-    D, layers, total = dfgan.Discriminator(**config).to(device, dtype), [], [0, 0]
-    for layer in (m for m in D.modules() if isinstance(m, torch.nn.Conv2d)):
-        layer.register_forward_hook(lambda m, x, y: layers.append((m, x[0], torch.randn_like(y))))
-    with torch.no_grad():
-        x = torch.randn(batch, 3, config["size"], config["size"], device=device, dtype=dtype)
-        D(x.to(memory_format=torch.channels_last), x.new_zeros(batch, 256))
-        for m, x, g in layers:
-            xt, gt = (v.transpose(0, 1).clone(memory_format=torch.channels_last) for v in (x, g))
-            forms = (lambda: torch.conv2d(xt, gt, None, 1, m.padding, m.stride),    # g is a kernel
-                     lambda: torch.nn.grad.conv2d_weight(x, m.weight.shape, g, m.stride, m.padding))
-            for i, form in enumerate(forms):
-                total[i] += min(seconds(form, 1) for _ in range(4)) * 1e3
-    return total
-
 def resumed_run(*flags):
     """Return the exit statuses of dfgan.py on toy data, 1 epoch, then resumed to 2, and its log."""
     with tempfile.TemporaryDirectory() as folder:
@@ -114,9 +98,6 @@ def main():
         print(f"{name}: gradients differ from the CPU's by {parity(name, config, 'cuda'):.1e}")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True    # as in training
-    for dtype in (torch.bfloat16, torch.float32):
-        written, plain = double_backward(STEPS["dfgan"][0], 32, "cuda", dtype)
-        print(f"double backward, {dtype}: {written:.2f} ms, as weight gradients {plain:.2f} ms")
     print(resumed_run("--device", "cuda"))
     print("step       form     batch images/s       ms  busy peak GiB first, s loss of G")
     for compiled, i in ((False, 0), (False, 1), (True, 0), (True, 1)):

@@ -2,7 +2,6 @@
 import argparse
 import json
 import math
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,15 +155,6 @@ def test_checkpoints():
         with pytest.raises(data.UserError, match=f"{name} is no {kind} checkpoint"):
             common.load_checkpoint(name, kind)
     assert not Path("ran").exists()
-
-def test_signals_are_requests(monkeypatch):
-    handlers = {}
-    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        stop = common.GracefulStop()
-        assert not stop.requested()
-        handlers[number](number, None)
-        assert stop.requested() and stop.signal == number
 
 def parse(line):
     parser = argparse.ArgumentParser("tiny")

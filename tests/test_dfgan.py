@@ -70,23 +70,6 @@ def test_load_released():
         with pytest.raises(common.UserError, match="wrong.pth is no released DF-GAN"):
             dfgan.load_released("wrong.pth", encoder, args)
 
-def test_blocks_and_upsample_are_the_plain_ones():
-    """Layers before upsampling and after pooling equal the released ones on the larger images."""
-    up, down = dfgan.UpBlock(6, 4).double(), dfgan.DownBlock(6, 4).double()
-    for p in (*up.parameters(), *down.parameters()):
-        torch.nn.init.normal_(p, 0, 0.3)
-    x, c = torch.randn(2, 6, 8, 8).double().requires_grad_(), torch.randn(2, 356).double()
-    big = F.interpolate(x, scale_factor=2)
-    h = F.conv2d(up.fuse1(big, c), up.c1.weight, up.c1.bias, padding=1)
-    for ours, plain, net in (
-            (up(x, c), up.c_sc(big) + up.c2(up.fuse2(h, c)), up),
-            (down(x), F.avg_pool2d(down.conv_s(x), 2) + down.gamma * down.conv_r(x), down),
-            (dfgan.upsample(x), big, torch.nn.Identity())):
-        inputs = (x, *net.parameters())
-        results = [(y, *torch.autograd.grad(y.sin().sum(), inputs, retain_graph=True))
-                   for y in (ours, plain)]
-        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-
 def test_losses_against_loops():
     s = torch.randn(3, 9).double() * 2
     loss = sum(max(0, 1 - r) + (max(0, 1 + w) + max(0, 1 + f)) / 2 for r, w, f in s.T.tolist()) / 9
