@@ -97,7 +97,6 @@ def run(main):
 
 class GracefulStop:
     """Catch Ctrl-C and SIGTERM; requested() is then true in all processes."""
-
     def __init__(self):
         self.signal = 0
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -123,13 +122,13 @@ def save_checkpoint(path, state):
         with data.atomic_write(path) as part:
             torch.save(state, part)
 
-def load_checkpoint(path, *kinds):
-    """Load a checkpoint whose "kind" is one of kinds. It cannot execute code."""
+def load_checkpoint(path, kind):
+    """Load a checkpoint of a kind. It cannot execute code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        assert state["kind"] in kinds, state["kind"]
+        assert state["kind"] == kind, state["kind"]
     except Exception as error:
-        raise UserError(f"{path} is no {kinds[0]} checkpoint ({str(error)[:99]})") from None
+        raise UserError(f"{path} is no {kind} checkpoint ({str(error)[:99]})") from None
     return state
 
 def save_grid(path, images, columns):
@@ -167,14 +166,15 @@ def add_common_args(parser):
     add("--encoder-iterations", type=int, help="of training it")
     add("--image-features", choices=["inception", "small"], help="for training it")
     add("--eval-every", type=int, default=0, metavar="EPOCHS", help="log metrics")
-    add("--sample", nargs="+", metavar="CAPTION", help="draw a row of images a caption")
     add("--samples-per-caption", type=int, default=8, metavar="N", help="images a row")
     add("--num-images", type=int, default=0, help="with --sample: files a caption, no grid")
+    add("--fid-samples", type=int, default=30000, metavar="N")
+    add("--r-precision-encoder", metavar="FILE", help="default: runs/damsm-<data>/encoder.pt")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--sample", nargs="+", metavar="CAPTION", help="draw a row of images a caption")
     add("--interpolate", nargs=2, metavar=("A", "B"), help="draw from caption A to B")
     add("--interpolate-noise", nargs="+", metavar="CAPTION", help="draw from noise to noise")
     add("--evaluate", action="store_true", help="print FID and other metrics")
-    add("--fid-samples", type=int, default=30000, metavar="N")
-    add("--r-precision-encoder", metavar="FILE", help="default: runs/damsm-<data>/encoder.pt")
 
 def parse_args(parser, presets, fixed, argv=None):
     """Return the flags, and the checkpoint of their run or None.
@@ -223,7 +223,6 @@ class TextEncoder(nn.Module):
     """tokenize(captions) -> integers (B, T); embed(tokens) -> sentence embeddings (B, dim).
 
     config, part of the state dict: "description", "vocabulary", "min_prompt_length"."""
-
     def get_extra_state(self):
         return self.config
 
@@ -398,7 +397,6 @@ INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
 class FIDInception(nn.Module):
     """pytorch-fid's Inception-v3: images (B, 3, H, W) in [-1, 1] -> pooled features (B, 2048),
     regions (B, 768, 36). AttnGAN: 17 x 17 regions; here their 6 x 6 means, 8 times less memory."""
-
     def __init__(self):
         super().__init__()
         from torchvision.models import inception_v3
@@ -438,7 +436,6 @@ class ImageEncoder(nn.Module):
     """Rows x of inception_features -> global (B, dim), local (B, 256, N), to match with text.
 
     small: x are images (B, 3, 64, 64), and a small CNN is trained along."""
-
     def __init__(self, dim, small):
         super().__init__()
         self.small, layers, width = small, [], 128 if small else 2048
@@ -483,7 +480,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     if sje:    # released code: RMSprop 7e-4, no norms; this learns faster
         lr, decay, betas, batch_size = 3e-4, 0.02, (0.9, 0.999), 40
         encoder = CharCNNRNN((96, 128, 128) if toy else (384, 512, 512))
-        lengths = list(map(len, train_set.captions))
+        lengths = [len(caption) for caption in train_set.captions]
         encoder.config["min_prompt_length"] = int(np.quantile(lengths, 0.001))
     else:
         lr, decay, betas, batch_size = 2e-3, 0.1, (0.5, 0.999), 48
@@ -540,7 +537,6 @@ PRETRAINED = {    # released vocabularies and DAMSM encoders: url, start of its 
 
 class RestrictedUnpickler(pickle.Unpickler):
     """Loads plain containers: released vocabularies are pickles, which could execute code."""
-
     def find_class(self, module, name):
         if (module, name) == ("_codecs", "encode"):    # of byte strings
             return super().find_class(module, name)
@@ -679,10 +675,9 @@ def main():
     add("--device", default="auto")
     add("--iterations", type=int, help="default: one per image, 300 to 3000; toy: 400")
     add("--image-features", choices=["inception", "small"])
-    add("--out", type=Path, help="default: runs/<encoder>-<data>/encoder.pt")
     args = parser.parse_args()
     name = data.dataset_id(args.data)
-    path = args.out or encoder_path(args.encoder, name)
+    path = encoder_path(args.encoder, name)
     train_text_encoder(args.encoder, name, args.root, init_distributed(args.device), path,
                        args.iterations, args.image_features)
     print(load_text_encoder(path).config["description"], path, sep="\n")

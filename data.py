@@ -39,7 +39,6 @@ class Record(NamedTuple):
 class Progress:
     """Print progress and time left on stderr; without a terminal, every 30 seconds."""
     enabled = True
-
     def __init__(self, total, label, unit="images", done=0):
         self.total, self.label, self.unit, self.done, self.initial = total, label, unit, done, done
         self.start = self.shown = time.time()
@@ -275,7 +274,6 @@ class CaptionDataset:
 
     images: (N, 3, L, L) uint8, memory-mapped; L = 76/64 size. classes: (N,) in 0..C-1.
     captions: a list; image i has caption_counts[i] from caption_offsets[i] on."""
-
     def __init__(self, name, split, size, records):
         self.name, self.size, self.records = name, size, records
         files = [(r.path, r.path and r.path.stat().st_mtime_ns, r.attributes) for r in records]
@@ -340,7 +338,6 @@ class Batches:
     An epoch is a permutation of the images, without the incomplete last batch. Each process gets
     its part of a batch. Images that fit into a third of the GPU's memory stay there. rolled: wrong
     captions are those of the batch rolled by one, not of other classes."""
-
     def __init__(self, dataset, batch_size, seed=0, device="cpu", captions_per_image=1, rank=0,
                  world_size=1, rolled=False):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed

@@ -106,7 +106,7 @@ class Stage2(nn.Module):
             *conv(2 * ngf, 4 * ngf, 4, 2), nn.ReLU(True))    # (B, 4 ngf, 16, 16)
         self.joint = nn.Sequential(*conv(4 * ngf + NC, 4 * ngf), nn.ReLU(True))
         self.residual = nn.Sequential(*(Residual(4 * ngf) for _ in range(num_residual)))
-        widths = [4 * ngf // 2 ** i for i in range(int(math.log2(size)) - 3)]
+        widths = [4 * ngf // 2 ** i for i in range({128: 4, 256: 5}[size])]
         self.up = nn.Sequential(*(UpBlock(a, b) for a, b in zip(widths, widths[1:])))
         self.img = nn.Sequential(nn.Conv2d(widths[-1], 3, 3, 1, 1, bias=False), nn.Tanh())
         self.apply(init_weights)
@@ -216,8 +216,6 @@ def update_ema(ema, G, decay):
 
 def build(stage, ngf=128, ndf=64, size=256, num_residual=4, lr=2e-4, device="cpu"):
     """Return G, D of a stage and their optimizers: Adam (section 3.5)."""
-    if size not in (128, 256):
-        raise ValueError(f"size {size} is not 128 or 256")
     nets = ((Stage1(ngf), Discriminator(ndf, 64)) if stage == 1 else
             (Stage2(ngf, size, num_residual), Discriminator(ndf, size)))
     G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
@@ -271,9 +269,8 @@ def train_stage(args, checkpoint, stage):
     t = encoder.encode(test_set.first_captions(8))    # grid: rows are captions, columns noises
     grid = sample_noise(8, args.seed).repeat(len(t), 1), t.repeat_interleave(8, 0)
     num_steps, saved = args.epochs * len(batches), 0
-    print(f"Stage {stage}", end=": ")
     print(f"{len(train_set)} images, {num_steps} steps on {args.device}, to {args.out_dir}")
-    bar = data.Progress(num_steps * args.batch_size, "training", done=start * args.batch_size)
+    bar = data.Progress(num_steps * args.batch_size, f"Stage {stage}", done=start * args.batch_size)
     stop = common.GracefulStop()
     for step in range(start, num_steps):
         epoch, batch = divmod(step, len(batches))

@@ -147,7 +147,7 @@ def test_checkpoints():
     with pytest.raises(AttributeError):    # a function of a function cannot be pickled
         common.save_checkpoint(path, {"kind": "x", "n": torch.zeros(9), "bad": lambda: None})
     assert list(path.parent.iterdir()) == [path]
-    state = common.load_checkpoint(path, "y", "x")
+    state = common.load_checkpoint(path, "x")
     assert state["n"] == 1 and state["net"].keys() == {"weight", "bias"}
     for name, content in (("cut", path.read_bytes()[:600]), ("code", CODE), ("text", b"hello")):
         Path(name).write_bytes(content)
