@@ -585,8 +585,15 @@ def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None, it
     return encoder.to(device)
 
 def embed_captions(encoder, dataset):
-    """Return the embeddings of the captions of a dataset, (M, dim)."""
-    x = encoder.encode(dataset.captions)
+    """Return the embeddings of the captions of a dataset, (M, dim), cached on disk."""
+    weights = torch.cat([p.flatten() for p in encoder.parameters()]).cpu().numpy()
+    key = hashlib.sha256(repr(dataset.captions).encode(errors="replace") + weights.tobytes())
+    path = Path(f"{dataset.cache}-{key.hexdigest()[:16]}.pt")
+    if path.exists():
+        x = load_checkpoint(path, "embeddings")["x"].to(next(encoder.parameters()).device)
+    else:
+        x = encoder.encode(dataset.captions)
+        save_checkpoint(path, {"kind": "embeddings", "x": x})
     rms = x.square().sum(1).mean().sqrt()
     print(f"text encoder: {encoder.config['description']}; RMS length of embeddings {rms:.2f}")
     if encoder.dim == 1024 and rms > 2:
