@@ -153,6 +153,7 @@ def slug(captions):
 def add_common_args(parser):
     """Add the flags that all scripts share."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.usage = "python %(prog)s.py [flags]; --help lists them"
     add = parser.add_argument
     add("--data", default="toy", help="toy, flowers, cub, coco or a folder")
     add("--root", default="datasets", help="of flowers, cub and coco; caches: datasets/cache")
@@ -184,8 +185,8 @@ def parse_args(parser, presets, fixed, argv=None):
     args, script = parser.parse_args(argv), parser.prog
     captions = args.sample or args.interpolate or args.interpolate_noise
     training = not (captions or args.evaluate)
-    if args.num_images and not args.sample:
-        parser.error("--num-images needs --sample")
+    if (args.num_images or getattr(args, "style_image", None)) and not args.sample:
+        parser.error("--num-images and --style-image need --sample")
     out_dir = Path(args.out_dir or f"runs/{script}-{Path(args.data).resolve().name}")
     path, checkpoint, saved = out_dir / "last.pt", None, {}
     new = training or getattr(args, "init", None)

@@ -354,8 +354,6 @@ def main(argv=None):
     add("--style-image", metavar="PHOTO", help="with --sample: its pose and background")
     add("--style-steps", type=int, default=2000, help="to train S")
     args, checkpoint = common.parse_args(parser, PRESETS, FIXED, argv)
-    if args.style_image and not args.sample:
-        parser.error("--style-image needs --sample")
     if args.style_image:
         return style_transfer(args, checkpoint)
     if args.captions:
