@@ -183,8 +183,8 @@ def train(args, checkpoint):
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
     if args.compile and common.world_size() == 1:    # SyncBatchNorm breaks the graph
-        for net in (G, D.image, D.joint):
-            net.compile(dynamic=False)
+        G.compile(dynamic=False)
+        D.features, D.score = (torch.compile(f, dynamic=False) for f in (D.features, D.score))
         print("compiling, which takes minutes (--no-compile)", flush=True)
 
     t = encoder.encode(test_set.first_captions(8))    # grid: rows are captions, columns noises
