@@ -18,7 +18,6 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -45,7 +44,7 @@ def init_distributed(device):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo",
-                                timeout=datetime.timedelta(days=1))    # of rank 0's preparations
+                                timeout=datetime.timedelta(days=1))    # others wait for rank 0
         if rank() > 0:
             sys.stdout, Progress.enabled = open(os.devnull, "w"), False
     return device
@@ -78,10 +77,10 @@ def average_gradients(net, optimizer):
 
 def reduce_mean(x):
     """Return the mean of a tensor over the processes."""
-    x = x.clone()
+    x = x / world_size()
     if world_size() > 1:
         dist.all_reduce(x)
-    return x / world_size()
+    return x
 
 # ---- Runs
 
@@ -123,7 +122,7 @@ def save_checkpoint(path, state):
             torch.save(state, part)
 
 def load_checkpoint(path, kind):
-    """Load a checkpoint of a kind. It cannot execute code."""
+    """Return a checkpoint of this kind. weights_only: no code runs."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         assert state["kind"] == kind, state["kind"]
@@ -180,9 +179,13 @@ def add_common_args(parser):
 def parse_args(parser, presets, fixed, argv=None):
     """Return the flags, and the checkpoint of their run or None.
 
-    Defaults: for names in `fixed` those of the checkpoint, else presets[data], else the paper's."""
+    Defaults come from the checkpoint (names in `fixed`), else presets[data], else the parser."""
     add_common_args(parser)
     args, script = parser.parse_args(argv), parser.prog
+    if "cuda" in args.device and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: CUDA is not available")
+    device = init_distributed(args.device)
+    cuda = "cuda" in device
     captions = args.sample or args.interpolate or args.interpolate_noise
     training = not (captions or args.evaluate)
     if (args.num_images or getattr(args, "style_image", None)) and not args.sample:
@@ -199,21 +202,17 @@ def parse_args(parser, presets, fixed, argv=None):
         print(f"{path}: trained on {saved['data']}, {checkpoint['step']} steps")
     elif not new:
         parser.error(f"{path} does not exist; train first, without --sample or --evaluate")
-    parser.set_defaults(**presets.get(saved.get("data", args.data), {}) | saved)
+    parser.set_defaults(bf16=cuda and torch.cuda.is_bf16_supported(False), compile=cuda,
+                        **presets.get(saved.get("data", args.data), {}) | saved)
     args = parser.parse_args(argv)
-    args.data, args.out_dir, args.captions = data.dataset_id(args.data), out_dir, captions
+    args.data, args.device = data.dataset_id(args.data), device
+    args.out_dir, args.captions = out_dir, captions
     for n, value in saved.items():
         if (given := getattr(args, n)) != value:
             flag = f"--{n.replace('_', '-')} {given}"
             parser.error(f"{flag} contradicts {path}, which has {value}; omit it or set --out-dir")
-    if "cuda" in args.device and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: CUDA is not available")
-    args.device = init_distributed(args.device)
     if args.batch_size % world_size():
-        parser.error(f"--batch-size {args.batch_size} for {world_size()} processes")
-    cuda = "cuda" in args.device
-    args.bf16 = cuda and torch.cuda.is_bf16_supported(False) if args.bf16 is None else args.bf16
-    args.compile = cuda if args.compile is None else args.compile
+        parser.error(f"--batch-size {args.batch_size} must be a multiple of {world_size()}")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True    # shapes are constant
     return args, checkpoint
@@ -253,7 +252,7 @@ class TextEncoder(nn.Module):
             if unknown:
                 print(f"warning: unknown to the text encoder: {' '.join(unknown)}")
             if len(unknown) == len(parts):
-                raise UserError(f"the text encoder knows nothing of {caption[:99]!r}")
+                raise UserError(f"unknown to the text encoder: {caption[:99]!r}")
         n = self.config.get("min_prompt_length", 0) + 1
         return self.encode([" ".join([c] * max(1, n // (len(c) + 1))) for c in captions])
 
@@ -301,8 +300,7 @@ class CharCNNRNN(TextEncoder):
 class DAMSMTextEncoder(TextEncoder):
     """Words -> features (B, 256, T) and sentence (B, 256), the last states of a bi-LSTM.
 
-    vocabulary: number 0 is padding. Released code: words of training and test captions; here: of
-    training captions."""
+    vocabulary: number 0 is padding."""
     dim = 256
 
     def __init__(self, vocabulary):
@@ -317,9 +315,7 @@ class DAMSMTextEncoder(TextEncoder):
         return re.findall(r"\w+", caption.lower())
 
     def tokenize(self, captions, rng=None):
-        """Return word numbers (B, T). Of more than 18 words a random 18, in order.
-
-        Released code: draws them anew at each use; here a caption is embedded once."""
+        """Return word numbers (B, T). Of more than 18 words a random 18, in order."""
         rng, rows = rng or torch.Generator().manual_seed(0), []
         for caption in captions:
             row = [self.numbers[w] for w in self.split(caption) if w in self.numbers] or [0]
@@ -339,8 +335,6 @@ class DAMSMTextEncoder(TextEncoder):
 
 def text_encoder_from_state_dict(state):
     """Return a frozen text encoder. Its state dict holds its widths or its vocabulary."""
-    if "conv1.weight" in state and "rnn.i2h_update.weight" not in state:
-        raise ValueError("Reed's encoder of flowers is another network: ReLU recurrence, 8 steps")
     if "conv1.weight" in state:
         encoder = CharCNNRNN([len(state[f"conv{i}.weight"]) for i in (1, 2, 3)])
     else:
@@ -354,8 +348,8 @@ GAMMA1, GAMMA2, GAMMA3 = 4, 5, 10    # of DAMSM
 
 def joint_embedding_loss(image, text, classes):
     """Structured joint embedding of images and texts (B, 1024) (Reed et al. CVPR 2016, eq. 3-5):
-    max(0, 1 + F(wrong) - F(right)), both ways, F an inner product. Pairs of one class are no wrong
-    pairs; released code: a batch has one image of a class."""
+    max(0, 1 + wrong - right) over rows and columns of the inner products. Pairs of the same class
+    are not wrong."""
     score = image @ text.T    # (B, B)
     right = score.diag()
     loss = F.relu(1 + score - right[:, None]) + F.relu(1 + score - right)
@@ -380,12 +374,9 @@ def word_loss(regions, words, lengths, classes):
     score = torch.einsum("idn,jdt->ijnt", regions, words)    # of image i and caption j
     attention = score.masked_fill(padding[:, None], -math.inf).softmax(3)    # eq. 8
     attention = (GAMMA1 * attention).softmax(2)    # eq. 9
-    # Cosine of a word and its context c = regions @ attention, 8 times faster without c:
-    # c.word = score.attention and |c|^2 = attention.(regions^T regions).attention
-    gram = torch.einsum("idn,idm->inm", regions, regions)
-    square = (torch.einsum("inm,ijmt->ijnt", gram, attention) * attention).sum(2)
-    square = (square * words.square().sum(1)).clamp(min=1e-12)
-    cosine = (score * attention).sum(2) * square.rsqrt()    # (B, B, T)
+    context = torch.einsum("ijnt,idn->ijtd", attention, regions)
+    norms = context.norm(dim=3) * words.norm(dim=1)    # of padding 0
+    cosine = (score * attention).sum(2) / norms.clamp(min=1e-6)    # context.word / norms, (B, B, T)
     # eq. 10; released code, as here: without the root of 1 / GAMMA2
     match = (GAMMA2 * cosine).masked_fill(padding, -math.inf).logsumexp(2)
     return symmetric_cross_entropy(GAMMA3 * match, classes)
@@ -397,12 +388,12 @@ INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
 
 class FIDInception(nn.Module):
     """pytorch-fid's Inception-v3: images (B, 3, H, W) in [-1, 1] -> pooled features (B, 2048),
-    regions (B, 768, 36). AttnGAN: 17 x 17 regions; here their 6 x 6 means, 8 times less memory."""
+    regions (B, 768, 36): 6 x 6 means of AttnGAN's 17 x 17, 8 times less memory."""
     def __init__(self):
         super().__init__()
         from torchvision.models import inception_v3
         net = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
-        weights = torch.hub.load_state_dict_from_url(INCEPTION, weights_only=True)
+        weights = torch.hub.load_state_dict_from_url(INCEPTION, check_hash=True, weights_only=True)
         net.load_state_dict(weights, strict=False)
         self.head, net.fc = (net.fc if "fc.weight" in weights else None), nn.Identity()
         self.net = net.eval().to(memory_format=torch.channels_last)
@@ -439,7 +430,7 @@ class ImageEncoder(nn.Module):
     small: x are images (B, 3, 64, 64), and a small CNN is trained along."""
     def __init__(self, dim, small):
         super().__init__()
-        self.small, layers, width = small, [], 128 if small else 2048
+        layers, width = [], 128 if small else 2048
         for a, b in ((3, 24), (24, 48), (48, 96), (96, 128)):
             layers += [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
         self.cnn = nn.Sequential(*layers) if small else None
@@ -451,7 +442,7 @@ class ImageEncoder(nn.Module):
         return self.global_proj(self.norm(pooled))
 
     def forward(self, x):
-        if self.small:
+        if self.cnn:
             x = self.cnn(x)    # (B, 128, 4, 4)
             return self.embed(x.mean((2, 3))), self.local_proj(x.flatten(2))
         return self.embed(x[:, :2048]), self.local_proj(x[:, 2048:].unflatten(1, (768, 36)))
@@ -469,7 +460,7 @@ def fold_batch_norm(encoder, norm, captions):
 
 def train_text_encoder(kind, name, root, device, path, iterations=None, features=None):
     """Train a text encoder on a dataset and save it with its image encoder."""
-    toy, sje = name == "toy", kind == "char-cnn-rnn"
+    toy, char = name == "toy", kind == "char-cnn-rnn"
     features = features or ("small" if toy else "inception")
     small = features == "small"
     train_set = data.load_dataset(name, "train", 64, root)
@@ -478,33 +469,33 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     print(f"training {kind} on {len(train_set)} images, {iterations} iterations, {minutes:.0f} min "
           "on a CPU (--encoder-iterations, --image-features)", flush=True)
     torch.manual_seed(0)
-    if sje:    # released code: RMSprop 7e-4, no norms; this learns faster
+    if char:    # released code: RMSprop 7e-4, no norms; this learns faster
         lr, decay, betas, batch_size = 3e-4, 0.02, (0.9, 0.999), 40
         encoder = CharCNNRNN((96, 128, 128) if toy else (384, 512, 512))
-        lengths = [len(caption) for caption in train_set.captions]
-        encoder.config["min_prompt_length"] = int(np.quantile(lengths, 0.001))
+        sizes = sorted(map(len, train_set.captions))
+        encoder.config["min_prompt_length"] = sizes[len(sizes) // 1000]
     else:
         lr, decay, betas, batch_size = 2e-3, 0.1, (0.5, 0.999), 48
-        words = re.findall(r"\w+", " ".join(train_set.captions).lower())
-        encoder = DAMSMTextEncoder(["<end>", *dict.fromkeys(words)])
+        vocabulary = dict.fromkeys(re.findall(r"\w+", " ".join(train_set.captions).lower()))
+        encoder = DAMSMTextEncoder(["<end>", *vocabulary])
     image_encoder = ImageEncoder(encoder.dim, small)
     norm = nn.BatchNorm1d(encoder.dim).requires_grad_(False)
-    if sje:
-        nn.init.zeros_(image_encoder.global_proj.weight)    # F = 0 at any scale of the text
+    if char:
+        nn.init.zeros_(image_encoder.global_proj.weight)    # all scores start at 0
     nets = nn.ModuleList([encoder, image_encoder, norm]).to(device)
     optimizer = torch.optim.Adam(nets.parameters(), lr, betas)
     inputs = None if small else inception_features(train_set, device)
-    batches, rng = data.Batches(train_set, batch_size), torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     bar = Progress(iterations, f"training {kind}", "iterations")
     for step in range(iterations):
         optimizer.param_groups[0]["lr"] = lr * decay ** (step / iterations)
         index = torch.randperm(len(train_set), generator=rng)[:batch_size]
-        captions = [train_set.captions[i] for i in batches.sample_captions(index, rng)[:, 0]]
+        captions = [train_set.captions[i] for i in train_set.sample_captions(index, 1, rng)[:, 0]]
         tokens = encoder.tokenize(captions, rng).to(device)
         x = train_set.center_crop(index) if small else inputs[index].float()
         image, regions = image_encoder(x.to(device))
         classes = train_set.classes[index].to(device)
-        if sje:
+        if char:
             loss = joint_embedding_loss(image, norm(encoder.embed(tokens)), classes)
         else:
             words, sentence = encoder(tokens)
@@ -513,13 +504,13 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
                     + sentence_loss(image, sentence, classes))
         optimizer.zero_grad()
         loss.backward()
-        if not sje:
+        if not char:
             nn.utils.clip_grad_norm_(encoder.parameters(), 0.25)
         optimizer.step()
         bar.note = f"loss {loss.item():.3f}"
         bar.update()
     nets.eval().requires_grad_(False)
-    if sje:
+    if char:
         fold_batch_norm(encoder, norm, train_set.captions)
     encoder.config["description"] = f"{kind} of {Path(name).name}, {iterations} iterations"
     save_checkpoint(path, {
@@ -539,8 +530,6 @@ PRETRAINED = {    # released vocabularies and DAMSM encoders: url, start of its 
 class RestrictedUnpickler(pickle.Unpickler):
     """Loads plain containers: released vocabularies are pickles, which could execute code."""
     def find_class(self, module, name):
-        if (module, name) == ("_codecs", "encode"):    # of byte strings
-            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 def load_text_encoder(path):
@@ -588,7 +577,7 @@ def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None, it
 def embed_captions(encoder, dataset):
     """Return the embeddings of the captions of a dataset, (M, dim), cached on disk."""
     weights = torch.cat([p.flatten() for p in encoder.parameters()]).cpu().numpy()
-    key = hashlib.sha256(repr(dataset.captions).encode(errors="replace") + weights.tobytes())
+    key = hashlib.sha256(repr(dataset.captions).encode() + weights.tobytes())
     path = Path(f"{dataset.cache}-{key.hexdigest()[:16]}.pt")
     if path.exists():
         x = load_checkpoint(path, "embeddings")["x"].to(next(encoder.parameters()).device)
@@ -626,9 +615,9 @@ def r_precision(image, captions, text, classes):
     rng, counts = torch.Generator().manual_seed(0), classes.bincount()
     wrong = data.sample_other_class(classes.argsort(), counts, classes[captions], 99, rng)
     candidates = torch.cat((captions[:, None], wrong), 1)    # (N, 100)
-    image, text, hits = F.normalize(image), F.normalize(text), 0
+    hits = 0
     for x, c in zip(image.split(64), candidates.split(64)):
-        score = torch.einsum("nd,ncd->nc", x, text[c])
+        score = F.cosine_similarity(x[:, None], text[c], 2)
         hits += (score[:, 0] >= score.amax(1) - 1e-6).sum().item()    # equal captions are right
     return hits / len(image)
 
@@ -639,9 +628,9 @@ def evaluation_captions(dataset, num_samples):
 
 @torch.no_grad()
 def evaluate(images, captions, groups, test_set, device, r_precision_encoder=None):
-    """Return metrics of images, batches (B, 3, S, S) of `captions`, as a dict.
+    """Return a dict of metrics of images, batches (B, 3, S, S) drawn from `captions`.
 
-    groups: batches of 8 samples of one caption."""
+    groups: batches of 8 images of one caption, for the diversity."""
     if test_set.name == "toy":    # no download
         metrics = data.attribute_accuracy(images, captions, test_set)
         print(metrics)
@@ -659,11 +648,9 @@ def evaluate(images, captions, groups, test_set, device, r_precision_encoder=Non
         metrics["inception_score"] = inception_score(net.head(fake))
     path = Path(r_precision_encoder or encoder_path("damsm", test_set.name))
     state = load_checkpoint(path, "text encoder") if path.exists() else {}
-    if len(test_set.captions) < 200:
-        print(f"no R-precision: {len(test_set.captions)} test captions, at least 200 are needed")
-    elif state.get("features") != "inception":
-        print(f"no R-precision: no encoder with Inception features in {path}; "
-              f"python common.py --encoder damsm --data {test_set.name} trains one")
+    if state.get("features") != "inception" or len(test_set.captions) < 200:
+        print(f"no R-precision: it needs 200 test captions and {path} with Inception features "
+              f"(python common.py --encoder damsm --data {test_set.name})")
     else:
         encoder = ImageEncoder(256, small=False).to(device).eval()
         encoder.load_state_dict(state["image_encoder"])
@@ -688,7 +675,7 @@ def main():
     path = encoder_path(args.encoder, name)
     train_text_encoder(args.encoder, name, args.root, init_distributed(args.device), path,
                        args.iterations, args.image_features)
-    print(load_text_encoder(path).config["description"], path, sep="\n")
+    print(path)
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -2,7 +2,7 @@
 
     train_set = load_dataset("flowers", "train", size=64)
     batches = Batches(train_set, batch_size=64, device="cuda")
-    images, captions, wrong = batches(step=0)    # the latter two: numbers of captions
+    images, captions, wrong = batches(step=0)    # captions, wrong: caption numbers
 
 toy, flowers (Oxford-102), cub (CUB-200-2011), coco (COCO 2014), or a folder of photo.jpg beside
 photo.txt, one caption a line. In toy, flowers and cub the test classes are unseen.
@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import os
 import shutil
 import sys
@@ -89,7 +88,7 @@ def fetch(url, folder, name, md5=None):
 def read_captions(path):
     """Return the lines of a text file; [] if the file does not exist."""
     text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
-    return [line.strip() for line in text.replace("\0", "").splitlines() if line.strip()]
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 def flowers(folder, split):
     """Oxford-102, zero-shot split of Reed et al.: 7,034 and 1,155 images."""
@@ -123,8 +122,7 @@ def cub(folder, split):
     for name, (_, x, y, w, h) in zip(names, boxes):
         label = int(name[:3])
         if (label in CUB_TEST) == (split == "test"):
-            # StackGAN, DF-GAN: a square of 1.5 times the bounding box's longer side, about its
-            # middle; released GAN-CLS: the whole image; we follow StackGAN.
+            # StackGAN, DF-GAN: a square of 1.5 times the longer side of the bounding box
             cx, cy, r = x + w // 2, y + h // 2, int(max(w, h) * 0.75)
             bbox = cx - r, cy - r, cx + r, cy + r
             text = read_captions((captions / name).with_suffix(".txt"))
@@ -243,9 +241,7 @@ def attribute_accuracy(images, captions, dataset):
 # ---- Images
 
 def load_image(record, side):
-    """Return the central square of an image or its bounding box, (3, side, side) uint8.
-
-    Released code: GAN-CLS and StackGAN squash to a square; DF-GAN crops from the full rectangle."""
+    """Return the central square of an image or its bounding box, (3, side, side) uint8."""
     if record.path is None:
         return render_flower(record.attributes, side).transpose(2, 0, 1)
     try:
@@ -280,13 +276,13 @@ class CaptionDataset:
         key = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
         self.cache = f"datasets/cache/{Path(name).name}-{split}-{key}"
         side = size * 76 // 64
-        decoded, shape = Path(f"{self.cache}-{side}px.u8"), (len(records), 3, side, side)
-        if not decoded.exists() or decoded.stat().st_size != math.prod(shape):
+        decoded = Path(f"{self.cache}-{side}px.u8")
+        if not decoded.exists():
             with atomic_write(decoded) as part, open(part, "wb") as file:
                 for block in load_images(records, side, f"decoding {decoded.name}"):
                     file.write(block.tobytes())
-        pixels = torch.from_file(str(decoded), True, math.prod(shape), dtype=torch.uint8)
-        self.images = pixels.view(shape)
+        pixels = torch.from_file(str(decoded), True, decoded.stat().st_size, dtype=torch.uint8)
+        self.images = pixels.view(len(records), 3, side, side)
         numbers = {}
         self.classes = torch.tensor([numbers.setdefault(r.label, len(numbers)) for r in records])
         if len(numbers) == 1:    # no classes: each image is one
@@ -303,6 +299,12 @@ class CaptionDataset:
         """Return the central crops of images, (B,) -> (B, 3, S, S) in [-1, 1]."""
         a = (self.images.shape[-1] - self.size) // 2
         return self.images[index, :, a:a + self.size, a:a + self.size].float() / 127.5 - 1
+
+    def sample_captions(self, index, k, rng):
+        """Return k caption numbers of each image, (B, k), distinct if it has k captions."""
+        width, count = max(int(self.caption_counts.max()), k), self.caption_counts[index, None]
+        order = torch.rand(len(index), width, generator=rng) + (torch.arange(width) >= count)
+        return self.caption_offsets[index, None] + order.argsort(1)[:, :k] % count
 
     def first_captions(self, n):
         """Return the first captions of n images, spread over the dataset."""
@@ -341,7 +343,7 @@ class Batches:
     def __init__(self, dataset, batch_size, seed=0, device="cpu", captions_per_image=1, rank=0,
                  world_size=1, rolled=False):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.device, self.captions_per_image = torch.device(device), captions_per_image
+        self.device, self.k = torch.device(device), captions_per_image
         self.rank, self.world_size, self.epoch = rank, world_size, None
         self.images, self.rolled = dataset.images, rolled
         if self.device.type == "cuda":
@@ -365,8 +367,9 @@ class Batches:
         other = sample_other_class(*self.by_class, self.dataset.classes[index], 1, rng)[:, 0]
         corner = torch.randint(self.images.shape[-1] - size + 1, (len(index), 2), generator=rng)
         flip = torch.randint(2, (len(index), 1), generator=rng)
-        captions = self.sample_captions(index, rng)
-        wrong = captions.roll(1, 0) if self.rolled else self.sample_captions(other, rng)
+        captions = self.dataset.sample_captions(index, self.k, rng)
+        wrong = self.dataset.sample_captions(other, self.k, rng)
+        wrong = captions.roll(1, 0) if self.rolled else wrong
         rows = torch.cat((index[:, None], corner, flip, captions, wrong), 1)
         rows = rows.chunk(self.world_size)[self.rank]
         on_device = self.to_device(rows)    # one copy: several small ones would block the host
@@ -376,13 +379,6 @@ class Batches:
         images = torch.where(flip.bool()[:, None, None, None], images.flip(3), images)
         images = self.to_device(images).float().div_(127.5).sub_(1)
         return images, *on_device[:, 4:].chunk(2, 1)
-
-    def sample_captions(self, index, rng):
-        """Return k caption numbers of each image, (B, k), distinct if it has k captions."""
-        counts, k = self.dataset.caption_counts, self.captions_per_image
-        width, count = max(int(counts.max()), k), counts[index, None]
-        order = torch.rand(len(index), width, generator=rng) + (torch.arange(width) >= count)
-        return self.dataset.caption_offsets[index, None] + order.argsort(1)[:, :k] % count
 
     def to_device(self, x):
         """Copy a tensor to the device; to a GPU, without blocking."""

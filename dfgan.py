@@ -30,16 +30,16 @@ except ModuleNotFoundError:    # networks, losses and steps need torch only
 NAME, NZ, TEXT = "dfgan", 100, 256    # noise z; sentence embedding t (paper: e)
 SIZES = 32, 64, 128, 256, 512
 
-# ---- Networks, whose parameters have the released names: released checkpoints load
+# ---- Networks, with the parameter names of released checkpoints
 
 class Affine(nn.Module):
-    """gamma(c) x + beta(c), x (B, a, s, s); gamma and beta are MLPs of c = (z, t)."""
-    def __init__(self, channels):
+    """gamma(c) x + beta(c), x (B, a, s, s); MLPs of c = (z, t), as released (eq. 3: of t)."""
+    def __init__(self, a):
         super().__init__()
         for name, bias in (("fc_gamma", 1.0), ("fc_beta", 0.0)):
             mlp = nn.Sequential()
-            mlp.linear1, mlp.relu = nn.Linear(NZ + TEXT, channels), nn.ReLU(True)
-            mlp.linear2 = nn.Linear(channels, channels)
+            mlp.linear1, mlp.relu = nn.Linear(NZ + TEXT, a), nn.ReLU(True)
+            mlp.linear2 = nn.Linear(a, a)
             nn.init.zeros_(mlp.linear2.weight)
             nn.init.constant_(mlp.linear2.bias, bias)
             self.add_module(name, mlp)
@@ -50,9 +50,9 @@ class Affine(nn.Module):
 
 class DFBlock(nn.Module):
     """Affine, activation, affine, activation. Figure: ReLU; released code, as here: leaky ReLU."""
-    def __init__(self, channels):
+    def __init__(self, a):
         super().__init__()
-        self.affine0, self.affine1 = Affine(channels), Affine(channels)
+        self.affine0, self.affine1 = Affine(a), Affine(a)
 
     def forward(self, x, c):
         x = F.leaky_relu(self.affine0(x, c), 0.2, True)
@@ -60,7 +60,7 @@ class DFBlock(nn.Module):
 
 class NearestUpConv(nn.Conv2d):
     """Same as conv3x3(F.interpolate(x, scale_factor=2.0)), as a 4x4 transposed convolution with
-    2.25 times fewer FLOPs. Its weights are sums of the 3x3 weights that meet the same pixel."""
+    2.25 times fewer FLOPs: 3x3 weights that read copies of one pixel are added up."""
     def forward(self, x):
         if x.shape[2] < 8:    # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
@@ -107,7 +107,7 @@ class Generator(nn.Module):
         return self.to_rgb(x)
 
 class DownBlock(nn.Module):
-    """(B, a, 2s, 2s) -> (B, b, s, s): shortcut + gamma residual; gamma, from 0, as released."""
+    """(B, a, 2s, 2s) -> (B, b, s, s): shortcut + gamma residual. gamma starts at 0, as released."""
     def __init__(self, a, b):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1))
@@ -173,9 +173,9 @@ def g_loss(fake):
 # ---- Steps
 
 def d_step(D, opt_d, real, fake, t, t_wrong, loss_function=d_loss):
-    """Update D. real, fake (B, 3, S, S); t, t_wrong (B, 256). loss_function: d_loss or compiled.
-    Return loss, D(real), D(wrong), D(fake): a D that ignores its text has D(wrong) = D(real).
-    The last is MA-GP. Released code, as in train: t_wrong is the rolled batch; it may fit."""
+    """Update D. Return loss, D(real), D(wrong), D(fake), MA-GP. If D ignores the text, D(wrong) =
+    D(real). real, fake (B, 3, S, S); t, t_wrong (B, 256). loss_function: d_loss or compiled.
+    t_wrong in train, as released: t rolled by one, sometimes of the same class."""
     loss, stats = loss_function(D, real, fake.detach(), t, t_wrong)
     opt_d.zero_grad()
     loss.backward()
@@ -183,8 +183,8 @@ def d_step(D, opt_d, real, fake, t, t_wrong, loss_function=d_loss):
     return stats
 
 def g_step(D, opt_g, fake, t):
-    """Update G. fake = G(z, t) with its graph, that of d_step; t (B, TEXT). Return the loss."""
-    D.requires_grad_(False)    # no gradients of D, no stale bf16 copies
+    """Update G. fake: d_step's G(z, t), not detached; t (B, TEXT). Return the loss."""
+    D.requires_grad_(False)    # no D gradients, no stale autocast cache
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
     loss.backward()
@@ -195,9 +195,7 @@ def g_step(D, opt_g, fake, t):
 @torch.no_grad()
 def update_ema(ema, G, decay):
     """ema += (1 - decay) (G - ema)."""
-    pairs = zip(ema.state_dict().values(), G.state_dict().values())
-    pairs = [(a, b) for a, b in pairs if a.is_floating_point()]
-    torch._foreach_lerp_(*zip(*pairs), 1 - decay)
+    torch._foreach_lerp_([*ema.parameters()], [*G.parameters()], 1 - decay)
 
 def build(nf=32, size=256, lr_g=1e-4, lr_d=4e-4, device="cpu"):
     """Return G, D and their optimizers: Adam (section 4)."""
@@ -246,9 +244,9 @@ def train(args, checkpoint):
     stop = common.GracefulStop()
     for step in range(start, num_steps):
         epoch, batch = divmod(step, len(batches))
-        torch.manual_seed(args.seed * 2**32 + step)    # resumed runs draw the same noise
+        torch.manual_seed(args.seed * 2**20 + step)    # resumed runs draw the same noise
         images, captions, wrong = batches(step)
-        t, t_wrong = embeddings[captions].mean(1), embeddings[wrong].mean(1)
+        t, t_wrong = embeddings[captions[:, 0]], embeddings[wrong[:, 0]]
         z = torch.randn(common.world_size(), len(t), NZ, device=args.device)[common.rank()]
         with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
             fake = G(z, t)
@@ -274,8 +272,7 @@ def train(args, checkpoint):
             common.save_log(args.out_dir / "log.csv", history)
             common.save_checkpoint(args.out_dir / "last.pt", {
                 "kind": NAME, "step": step + 1, "history": history, "sums": sums,
-                "args": {n: vars(args)[n] for n in FIXED},
-                "text_encoder": encoder, **parts})
+                "args": {n: vars(args)[n] for n in RESUME_ARGS}, "text_encoder": encoder, **parts})
         if stopping:
             return 128 + stop.signal
     if args.data == "toy":
@@ -319,22 +316,21 @@ def sample(args, checkpoint):
     """Draw a grid, one row per caption; --interpolate: from caption to caption, one row per noise;
     --interpolate-noise: from noise to noise. --num-images: files instead of a grid."""
     G, encoder = load_generator(checkpoint, args.device)
-    captions, n, seed = args.captions, args.samples_per_caption, args.seed
-    embeddings = encoder.encode_prompts(captions)
-    noise, t = sample_noise(n, seed).repeat(len(captions), 1), embeddings.repeat_interleave(n, 0)
+    captions, n, seed = args.captions, args.num_images or args.samples_per_caption, args.seed
+    noise, t = sample_noise(n, seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
-        kind, noise = "noise", torch.lerp(*noise[:2], alphas).repeat(len(captions), 1)
-    elif args.interpolate:
+        kind, noise = "noise", torch.lerp(*noise[:2], alphas)
+    if args.interpolate:
         kind, noise = "interpolation", sample_noise(4, seed).repeat_interleave(n, 0)
-        t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
+        t = torch.lerp(*t, alphas.to(t.device)).repeat(4, 1)
+    else:
+        noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
     path = args.out_dir / f"{kind}-{common.slug(captions)}-{seed}.png"
     if args.num_images:
         path = path.with_suffix("")
-        for i in range(args.num_images * len(captions)):
-            noise = sample_noise(1, seed * 2**20 + i)
-            image = generate(G, noise, embeddings[i % len(captions), None])
-            common.save_grid(path / f"{i:05}.png", image, 1)
+        for i, (z, e) in enumerate(zip(noise.split(1), t.split(1))):
+            common.save_grid(path / f"{i:05}.png", generate(G, z, e), 1)
     else:
         common.save_grid(path, generate(G, noise, t), n)
     print(*map(repr, captions), path, sep="\n")
@@ -344,16 +340,16 @@ def evaluate(G, encoder, test_set, args):
     t = common.embed_captions(encoder, test_set)
     captions = common.evaluation_captions(test_set, args.fid_samples)
     images = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
-    groups = (generate(G, sample_noise(8, i), t[[i] * 8]) for i in range(min(50, len(t))))
-    return common.evaluate(images, captions, groups, test_set, args.device,
-                           args.r_precision_encoder)
+    groups = (generate(G, sample_noise(8, i), t[[i] * 8]) for i in captions[0][:50].tolist())
+    return common.evaluate(
+        images, captions, groups, test_set, args.device, args.r_precision_encoder)
 
 # ---- Command line
 
 PRESETS = {
     "toy": dict(epochs=18, size=64, nf=8, batch_size=16, lr_g=2e-4, ema=0.99, fid_samples=512),
     "coco": dict(epochs=120)}    # section 4
-FIXED = ("data", "size", "nf", "batch_size", "lr_g", "lr_d", "ema", "seed")
+RESUME_ARGS = ("data", "size", "nf", "batch_size", "lr_g", "lr_d", "ema", "seed")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(NAME, description=__doc__.split("\n")[0])
@@ -365,7 +361,7 @@ def main(argv=None):
     add("--lr-d", type=float, default=4e-4, help="section 4")
     add("--nf", type=int, default=32, help="width of G and D (released; paper: 64)")
     add("--init", metavar="FILE", help="begin with a released state_epoch_*.pth")
-    args, checkpoint = common.parse_args(parser, PRESETS, FIXED, argv)
+    args, checkpoint = common.parse_args(parser, PRESETS, RESUME_ARGS, argv)
     if args.init and not checkpoint:
         if not args.text_encoder:
             parser.error("--init needs --text-encoder, the DAMSM of its training")

@@ -34,7 +34,7 @@ NAME, NZ, TEXT, NT = "gan_cls", 100, 1024, 128    # noise z; embedding t; projec
 
 class NearestUpConv(nn.Conv2d):
     """Same as conv3x3(F.interpolate(x, scale_factor=2.0)), as a 4x4 transposed convolution with
-    2.25 times fewer FLOPs. Its weights are sums of the 3x3 weights that meet the same pixel."""
+    2.25 times fewer FLOPs: 3x3 weights that read copies of one pixel are added up."""
     def forward(self, x):
         if x.shape[2] < 8:    # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
@@ -118,11 +118,11 @@ def interpolate_embeddings(t):
 # ---- Steps
 
 def d_step(D, opt_d, real, fake, t, t_wrong):
-    """Update D. real, fake (B, 3, 64, 64); t, t_wrong (B, 1024), None: a GAN, D(wrong) = D(fake).
-    Return loss, D(real), D(wrong), D(fake): a D that ignores its text has D(wrong) = D(real).
+    """Update D. Return loss, D(real), D(wrong), D(fake). real, fake (B, 3, 64, 64); t, t_wrong
+    (B, 1024). Without t_wrong: a plain GAN. If D ignores the text, D(wrong) = D(real).
 
-    Wrong pair: real image, mismatching caption (Algorithm 1), here of another class, so that h is
-    reused; released code: caption, image of another class."""
+    Wrong pair: real image, text of another class (Algorithm 1, where h is the text; here the image
+    features). Released code: text, real image of another class."""
     h = D.features(real)
     s_real, s_fake = D.score(h, t), D(fake.detach(), t)
     s_wrong = s_fake if t_wrong is None else D.score(h, t_wrong)
@@ -133,8 +133,8 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
     return torch.stack((loss, *(s.sigmoid().mean() for s in (s_real, s_wrong, s_fake)))).detach()
 
 def g_step(D, opt_g, fake, t):
-    """Update G. fake = G(z, t) with its graph, that of d_step; t (B, TEXT). Return the loss."""
-    D.requires_grad_(False)    # no gradients of D, no stale bf16 copies
+    """Update G. fake: d_step's G(z, t), not detached; t (B, TEXT). Return the loss."""
+    D.requires_grad_(False)    # no D gradients, no stale autocast cache
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
     loss.backward()
@@ -145,9 +145,8 @@ def g_step(D, opt_g, fake, t):
 @torch.no_grad()
 def update_ema(ema, G, decay):
     """ema += (1 - decay) (G - ema), batch norm statistics included."""
-    pairs = zip(ema.state_dict().values(), G.state_dict().values())
-    pairs = [(a, b) for a, b in pairs if a.is_floating_point()]
-    torch._foreach_lerp_(*zip(*pairs), 1 - decay)
+    a, b = ([x for x in net.state_dict().values() if x.is_floating_point()] for net in (ema, G))
+    torch._foreach_lerp_(a, b, 1 - decay)
 
 def build(ngf=128, ndf=64, upsample="transposed", lr=2e-4, device="cpu"):
     """Return G, D and their optimizers: Adam (section 5)."""
@@ -161,8 +160,8 @@ def build(ngf=128, ndf=64, upsample="transposed", lr=2e-4, device="cpu"):
 def train(args, checkpoint):
     """Train or resume; write last.pt, log.csv and grids of samples."""
     with common.main_process_first():
-        train_set = data.load_dataset(args.data, "train", args.size, args.root)
-        test_set = data.load_dataset(args.data, "test", args.size, args.root)
+        train_set = data.load_dataset(args.data, "train", 64, args.root)
+        test_set = data.load_dataset(args.data, "test", 64, args.root)
         encoder = common.get_text_encoder(
             "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder,
             args.encoder_iterations, args.image_features)
@@ -197,16 +196,16 @@ def train(args, checkpoint):
         epoch, batch = divmod(step, len(batches))
         for group in (*opt_g.param_groups, *opt_d.param_groups):
             group["lr"] = args.lr * 0.5 ** ((epoch + 1) // args.lr_decay_epochs)
-        torch.manual_seed(args.seed * 2**32 + step)    # resumed runs draw the same noise
+        torch.manual_seed(args.seed * 2**20 + step)    # resumed runs draw the same noise
         images, captions, wrong = batches(step)
-        # Paper: one caption; we follow the code, the mean of 4. Code: draws the class first
-        t, t_wrong = embeddings[captions].mean(1), embeddings[wrong].mean(1)
+        # Paper: one caption an image; released code, as here: the mean of 4
+        t = embeddings[captions].mean(1)
+        t_wrong = embeddings[wrong].mean(1) if "cls" in args.variant else None
         t_g = torch.cat((t, interpolate_embeddings(t))) if "int" in args.variant else t
         z = torch.randn(common.world_size(), len(t_g), NZ, device=args.device)[common.rank()]
         with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
             fake = G(z, t_g)
-            d_stats = d_step(D, opt_d, images, fake[:len(t)], t,
-                             t_wrong if "cls" in args.variant else None)
+            d_stats = d_step(D, opt_d, images, fake[:len(t)], t, t_wrong)
             loss_g = g_step(D, opt_g, fake, t_g)    # released code: a new fake
         update_ema(ema, G, min(args.ema, (1 + step) / (10 + step)))
 
@@ -228,8 +227,7 @@ def train(args, checkpoint):
             common.save_log(args.out_dir / "log.csv", history)
             common.save_checkpoint(args.out_dir / "last.pt", {
                 "kind": NAME, "step": step + 1, "history": history, "sums": sums,
-                "args": {n: vars(args)[n] for n in FIXED},
-                "text_encoder": encoder, **parts})
+                "args": {n: vars(args)[n] for n in RESUME_ARGS}, "text_encoder": encoder, **parts})
         if stopping:
             return 128 + stop.signal
     if args.data == "toy":
@@ -259,22 +257,21 @@ def sample(args, checkpoint):
     """Draw a grid, one row per caption; --interpolate: from caption to caption, one row per noise;
     --interpolate-noise: from noise to noise. --num-images: files instead of a grid."""
     G, encoder = load_generator(checkpoint, args.device)
-    captions, n, seed = args.captions, args.samples_per_caption, args.seed
-    embeddings = encoder.encode_prompts(captions)
-    noise, t = sample_noise(n, seed).repeat(len(captions), 1), embeddings.repeat_interleave(n, 0)
+    captions, n, seed = args.captions, args.num_images or args.samples_per_caption, args.seed
+    noise, t = sample_noise(n, seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
-        kind, noise = "noise", torch.lerp(*noise[:2], alphas).repeat(len(captions), 1)
-    elif args.interpolate:
+        kind, noise = "noise", torch.lerp(*noise[:2], alphas)
+    if args.interpolate:
         kind, noise = "interpolation", sample_noise(4, seed).repeat_interleave(n, 0)
-        t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
+        t = torch.lerp(*t, alphas.to(t.device)).repeat(4, 1)
+    else:
+        noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
     path = args.out_dir / f"{kind}-{common.slug(captions)}-{seed}.png"
     if args.num_images:
         path = path.with_suffix("")
-        for i in range(args.num_images * len(captions)):
-            noise = sample_noise(1, seed * 2**20 + i)
-            image = generate(G, noise, embeddings[i % len(captions), None])
-            common.save_grid(path / f"{i:05}.png", image, 1)
+        for i, (z, e) in enumerate(zip(noise.split(1), t.split(1))):
+            common.save_grid(path / f"{i:05}.png", generate(G, z, e), 1)
     else:
         common.save_grid(path, generate(G, noise, t), n)
     print(*map(repr, captions), path, sep="\n")
@@ -284,9 +281,9 @@ def evaluate(G, encoder, test_set, args):
     t = common.embed_captions(encoder, test_set)
     captions = common.evaluation_captions(test_set, args.fid_samples)
     images = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
-    groups = (generate(G, sample_noise(8, i), t[[i] * 8]) for i in range(min(50, len(t))))
-    return common.evaluate(images, captions, groups, test_set, args.device,
-                           args.r_precision_encoder)
+    groups = (generate(G, sample_noise(8, i), t[[i] * 8]) for i in captions[0][:50].tolist())
+    return common.evaluate(
+        images, captions, groups, test_set, args.device, args.r_precision_encoder)
 
 # ---- Style transfer (section 4.4; never released)
 
@@ -294,19 +291,20 @@ class StyleEncoder(nn.Sequential):
     """S: images (B, 3, 64, 64) -> z (B, 100). The paper gives no layers; those of D are used."""
     def __init__(self, ndf=64):
         super().__init__(image_encoder(ndf), nn.Flatten(), nn.Linear(8 * ndf * 16, NZ))
-        self.apply(init_weights)
 
 def style_loss(S, z, fake):
     """|| z - S(G(z, t)) ||^2  (eq. 6)."""
     return (z - S(fake)).square().sum(1).mean()
 
 def style_transfer(args, checkpoint):
-    """Draw captions with the pose and background of a photo, after the photo."""
+    """Draw a photo, then the captions with its pose and background."""
     G, encoder = load_generator(checkpoint, args.device)
+    photo = data.load_image(data.Record(Path(args.style_image), [], 0), 64)
+    photo = torch.tensor(photo, device=args.device)[None] / 127.5 - 1
     S = StyleEncoder(checkpoint["args"]["ndf"]).to(args.device)
-    path = args.out_dir / f"style-encoder-{checkpoint['step']}.pt"
+    path = args.out_dir / f"style-encoder-{checkpoint['step']}-{args.style_steps}.pt"
     if not path.exists():
-        train_set = data.load_dataset(args.data, "train", args.size, args.root)
+        train_set = data.load_dataset(args.data, "train", 64, args.root)
         embeddings = common.embed_captions(encoder, train_set)
         optimizer = Adam(S.parameters(), 2e-4, (0.5, 0.999))
         bar = data.Progress(args.style_steps * 64, "training the style encoder")
@@ -320,8 +318,6 @@ def style_transfer(args, checkpoint):
             bar.update(64)
         common.save_checkpoint(path, {"kind": "style encoder", "S": S})
     S.load_state_dict(common.load_checkpoint(path, "style encoder")["S"])
-    photo = data.load_image(data.Record(Path(args.style_image), [], 0), args.size)
-    photo = torch.tensor(photo, device=args.device)[None] / 127.5 - 1
     t = encoder.encode_prompts(args.captions)
     images = generate(G, S.eval()(photo).expand(len(t), -1), t)
     path = args.out_dir / f"style-{Path(args.style_image).stem}-{common.slug(args.captions)}.png"
@@ -335,8 +331,8 @@ PRESETS = {
                 upsample="nearest", fid_samples=512),
     "coco": dict(epochs=200, ngf=196, ndf=196, captions_per_image=3, variant="cls",
                  lr_decay_epochs=40)}    # released code
-FIXED = ("data", "variant", "upsample", "ngf", "ndf", "batch_size", "lr", "lr_decay_epochs", "ema",
-         "captions_per_image", "seed")
+RESUME_ARGS = ("data", "variant", "upsample", "ngf", "ndf", "batch_size", "lr", "lr_decay_epochs",
+               "ema", "captions_per_image", "seed")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(NAME, description=__doc__.split("\n")[0])
@@ -344,7 +340,6 @@ def main(argv=None):
     add("--variant", choices=["gan", "cls", "int", "int-cls"], default="int-cls")
     add("--epochs", type=int, default=600, help="section 5")
     add("--batch-size", type=int, default=64, help="section 5")
-    add("--size", type=int, choices=[64], default=64, help="section 5")
     add("--lr", type=float, default=2e-4, help="section 5")
     add("--lr-decay-epochs", type=int, default=100, help="halve lr (released)")
     add("--ngf", type=int, default=128, help="width of G (released)")
@@ -353,14 +348,14 @@ def main(argv=None):
     add("--upsample", choices=["transposed", "nearest"], default="transposed")
     add("--style-image", metavar="PHOTO", help="with --sample: its pose and background")
     add("--style-steps", type=int, default=2000, help="to train S")
-    args, checkpoint = common.parse_args(parser, PRESETS, FIXED, argv)
+    args, checkpoint = common.parse_args(parser, PRESETS, RESUME_ARGS, argv)
     if args.style_image:
         return style_transfer(args, checkpoint)
     if args.captions:
         return sample(args, checkpoint)
     if not args.evaluate:
         return train(args, checkpoint)
-    test_set = data.load_dataset(args.data, "test", args.size, args.root)
+    test_set = data.load_dataset(args.data, "test", 64, args.root)
     evaluate(*load_generator(checkpoint, args.device), test_set, args)
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Stage-I draws a 64 px sketch from noise z and the embedding t of a caption, Stag
 256 px from sketch and t.
     Conditioning Augmentation  c is a sample of N(mu(t), sigma(t)^2) (section 3.2)
     Stage-I                    s0 = G0(z, c0) (section 3.3)
-    Stage-II                   G(s0, c): no noise but s0; G0 is fixed (section 3.4)
+    Stage-II                   G(s0, c), without z; G0 is fixed (section 3.4)
+Below, TF and PT are the authors' releases in TensorFlow and in PyTorch.
 
     python stackgan.py    # toy data, minutes on a CPU
     python stackgan.py --data flowers    # both stages; run again to resume
@@ -14,7 +15,6 @@ Stage-I draws a 64 px sketch from noise z and the embedding t of a caption, Stag
 """
 import argparse
 import copy
-import math
 import sys
 import time
 
@@ -31,12 +31,12 @@ except ModuleNotFoundError:    # networks, losses and steps need torch only
 
 NAME, NZ, NC, TEXT = "stackgan", 100, 128, 1024    # z; conditioning c (section 3.5); embedding t
 
-# ---- Networks of the PyTorch release; TensorFlow release: residual blocks at 4x4 and 8x8 too
+# ---- Networks, as in PT. TF: residual blocks at 4x4 and 8x8 too
 
 class ConditioningAugmentation(nn.Module):
     """t (B, 1024), eps (B, 128) from N(0, 1) -> c = mu + sigma eps, mu, log sigma (section 3.2).
 
-    Leaky ReLU: TensorFlow release; PyTorch release: ReLU, by accident mu >= 0 and sigma >= 1."""
+    Leaky ReLU: TF; PT: ReLU, by accident mu >= 0 and sigma >= 1."""
     def __init__(self):
         super().__init__()
         self.fc = nn.Linear(TEXT, 2 * NC)
@@ -47,7 +47,7 @@ class ConditioningAugmentation(nn.Module):
 
 class NearestUpConv(nn.Conv2d):
     """Same as conv3x3(F.interpolate(x, scale_factor=2.0)), as a 4x4 transposed convolution with
-    2.25 times fewer FLOPs. Its weights are sums of the 3x3 weights that meet the same pixel."""
+    2.25 times fewer FLOPs: 3x3 weights that read copies of one pixel are added up."""
     def forward(self, x):
         if x.shape[2] < 8:    # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
@@ -82,10 +82,9 @@ class Stage1(nn.Module):
         self.ca = ConditioningAugmentation()
         self.fc = nn.Sequential(nn.Linear(NZ + NC, 128 * ngf, bias=False),
                                 nn.BatchNorm1d(128 * ngf), nn.ReLU(True))
-        self.up = nn.Sequential(UpBlock(8 * ngf, 4 * ngf), UpBlock(4 * ngf, 2 * ngf),
-                                UpBlock(2 * ngf, ngf), UpBlock(ngf, ngf // 2))
+        self.up = nn.Sequential(*(UpBlock(8 * ngf // k, 4 * ngf // k) for k in (1, 2, 4, 8)))
         self.img = nn.Sequential(nn.Conv2d(ngf // 2, 3, 3, 1, 1, bias=False), nn.Tanh())
-        self.apply(init_weights)
+        init_weights(self)
 
     def forward(self, z, eps, t):
         c, mu, log_sigma = self.ca(t, eps)
@@ -109,7 +108,7 @@ class Stage2(nn.Module):
         widths = [4 * ngf // 2 ** i for i in range({128: 4, 256: 5}[size])]
         self.up = nn.Sequential(*(UpBlock(a, b) for a, b in zip(widths, widths[1:])))
         self.img = nn.Sequential(nn.Conv2d(widths[-1], 3, 3, 1, 1, bias=False), nn.Tanh())
-        self.apply(init_weights)
+        init_weights(self)
 
     def forward(self, s0, eps, t):
         c, mu, log_sigma = self.ca(t, eps)
@@ -120,23 +119,21 @@ class Stage2(nn.Module):
 class Discriminator(nn.Module):
     """Images (B, 3, S, S), t (B, 1024) -> logits (B,). Figure 2.
 
-    Joint layer: paper: 1x1; PyTorch release: 3x3; we follow the release. Text: a layer of D, as in
-    the paper; PyTorch release: the detached mu of G."""
+    Joint layer: paper: 1x1; PT, as here: 3x3. Text: a layer of D, as in the paper; PT: the detached
+    mu of G."""
     def __init__(self, ndf=64, size=64):
         super().__init__()
-        down = [ndf * 2 ** i for i in range(int(math.log2(size)) - 2)]    # down to 4 x 4
-        back = down[3:][::-1]    # to 8 ndf again
+        down = [ndf * 2 ** i for i in range({64: 4, 128: 5, 256: 6}[size])]    # to 4 x 4
+        widths = down + down[3:-1][::-1]    # then 3x3 convolutions, back to 8 ndf
         layers = [nn.Conv2d(3, ndf, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
-        for a, b in zip(down, down[1:]):
-            layers += *conv(a, b, 4, 2), nn.LeakyReLU(0.2, True)
-        for a, b in zip(back, back[1:]):
-            layers += *conv(a, b), nn.LeakyReLU(0.2, True)
+        for a, b in zip(widths, widths[1:]):
+            layers += *(conv(a, b, 4, 2) if a < b else conv(a, b)), nn.LeakyReLU(0.2, True)
         self.image = nn.Sequential(*layers)
         self.joint = nn.Sequential(
             *conv(8 * ndf + NC, 8 * ndf), nn.LeakyReLU(0.2, True), nn.Conv2d(8 * ndf, 1, 4))
         self.unconditional = nn.Conv2d(8 * ndf, 1, 4) if size > 64 else None    # Stage-II
         self.text = nn.Sequential(nn.Linear(TEXT, NC), nn.LeakyReLU(0.2))
-        self.apply(init_weights)
+        init_weights(self)
 
     def features(self, x):
         return self.image(x)    # (B, 8 ndf, 4, 4)
@@ -148,14 +145,13 @@ class Discriminator(nn.Module):
     def forward(self, x, t):
         return self.score(self.features(x), t)
 
-def init_weights(module):
-    """Weights N(0, 0.02), batch norm N(1, 0.02), as released; biases 0."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-        nn.init.normal_(module.weight, 1.0, 0.02)
-    if getattr(module, "bias", None) is not None:
-        nn.init.zeros_(module.bias)
+def init_weights(net):
+    """Weights N(0, 0.02), of batch norm N(1, 0.02), biases 0, as released."""
+    for name, p in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        else:
+            nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.02)
 
 # ---- Losses, of logits s: -log sigmoid(s) = softplus(-s), -log(1 - sigmoid(s)) = softplus(s)
 
@@ -174,29 +170,28 @@ def kl_loss(mu, log_sigma):
 # ---- Steps
 
 def d_step(D, opt_d, real, fake, t, t_wrong):
-    """Update D. real, fake (B, 3, S, S); t, t_wrong (B, TEXT).
-    Return loss, D(real), D(wrong), D(fake): a D that ignores its text has D(wrong) = D(real).
+    """Update D. Return loss, D(real), D(wrong), D(fake). real, fake (B, 3, S, S); t, t_wrong
+    (B, TEXT). If D ignores the text, D(wrong) = D(real).
 
-    Wrong pair: image, caption of another class, thus the same features; TensorFlow release:
-    caption, image of another class; PyTorch release: the next caption of the batch. In Stage-II the
-    PyTorch release also scores images alone; we follow."""
+    Wrong pair: real image, text of another class. TF: text, real image of another class. PT: the
+    next text of the batch; in Stage-II it also scores images alone, as here."""
     h, h_fake = D.features(real), D.features(fake.detach())
     s_real, s_wrong, s_fake = D.score(h, t), D.score(h, t_wrong), D.score(h_fake, t)
     loss = d_loss(s_real, s_wrong, s_fake)
-    if D.unconditional:    # Stage-II: the released weights
-        real_loss = F.softplus(-s_real).mean() + F.softplus(-D.unconditional(h)).mean()
-        fake_loss = (F.softplus(s_wrong) + F.softplus(s_fake)).mean()
-        loss = real_loss / 2 + (fake_loss + F.softplus(D.unconditional(h_fake)).mean()) / 3
+    if D.unconditional:    # Stage-II: the mean of two scores as real, of three as fake
+        right = torch.cat((s_real, D.unconditional(h).flatten()))
+        wrong = torch.cat((s_wrong, s_fake, D.unconditional(h_fake).flatten()))
+        loss = F.softplus(-right).mean() + F.softplus(wrong).mean()
     opt_d.zero_grad()
     loss.backward()
     opt_d.step()
     return torch.stack((loss, *(s.sigmoid().mean() for s in (s_real, s_wrong, s_fake)))).detach()
 
 def g_step(D, opt_g, fake, t, kl):
-    """Update G. fake = G(...) with its graph, that of d_step; t (B, TEXT). Return the loss.
+    """Update G. fake: d_step's G(...), not detached; t (B, TEXT). Return the loss without kl.
 
-    Weight of kl, the kl_loss: 2, as released; paper: 1. The returned loss is without it."""
-    D.requires_grad_(False)    # no gradients of D, no stale bf16 copies
+    Weight of kl, from kl_loss: 2, as released; paper: 1."""
+    D.requires_grad_(False)    # no D gradients, no stale autocast cache
     h = D.features(fake)
     loss = g_loss(D.score(h, t))
     if D.unconditional:
@@ -210,9 +205,8 @@ def g_step(D, opt_g, fake, t, kl):
 @torch.no_grad()
 def update_ema(ema, G, decay):
     """ema += (1 - decay) (G - ema), batch norm statistics included."""
-    pairs = zip(ema.state_dict().values(), G.state_dict().values())
-    pairs = [(a, b) for a, b in pairs if a.is_floating_point()]
-    torch._foreach_lerp_(*zip(*pairs), 1 - decay)
+    a, b = ([x for x in net.state_dict().values() if x.is_floating_point()] for net in (ema, G))
+    torch._foreach_lerp_(a, b, 1 - decay)
 
 def build(stage, ngf=128, ndf=64, size=256, num_residual=4, lr=2e-4, device="cpu"):
     """Return G, D of a stage and their optimizers: Adam (section 3.5)."""
@@ -226,13 +220,16 @@ def build(stage, ngf=128, ndf=64, size=256, num_residual=4, lr=2e-4, device="cpu
 
 def train(args, checkpoint):
     """Train or resume Stage-I, then Stage-II, up to args.stage."""
-    for stage in range(checkpoint["stage"] if checkpoint else 1, args.stage + 1):
-        if status := train_stage(args, checkpoint, stage):
+    reached, stop = checkpoint["stage"] if checkpoint else 1, common.GracefulStop()
+    if args.stage < reached:
+        raise common.UserError(f"{args.out_dir} has reached Stage-II; omit --stage {args.stage}")
+    for stage in range(reached, args.stage + 1):
+        if status := train_stage(args, checkpoint, stage, stop):
             return status
         with common.main_process_first():
             checkpoint = common.load_checkpoint(args.out_dir / "last.pt", NAME)
 
-def train_stage(args, checkpoint, stage):
+def train_stage(args, checkpoint, stage, stop):
     """Train or resume a stage; write last.pt, log.csv and grids of samples."""
     size = 64 if stage == 1 else args.size
     with common.main_process_first():
@@ -252,8 +249,8 @@ def train_stage(args, checkpoint, stage):
     names = "loss_g", "kl", "loss_d", "d_real", "d_wrong", "d_fake"
     start, history, sums, stages = 0, [], torch.zeros(len(names)), [ema]
     if stage == 2:    # EMA of Stage-I in eval mode; released code: last weights in train mode
-        (G1, *_), _ = load_generator(checkpoint, args.device)
-        parts["G1"], stages, history = G1, [G1, ema], checkpoint["history"]
+        G0 = load_generator(checkpoint, args.device)[0][0]
+        parts["G0"], stages, history = G0, [G0, ema], checkpoint["history"]
     if checkpoint and checkpoint["stage"] == stage:
         start, history, sums = (checkpoint[key] for key in ("step", "history", "sums"))
         for name, part in parts.items():
@@ -271,24 +268,23 @@ def train_stage(args, checkpoint, stage):
     num_steps, saved = args.epochs * len(batches), 0
     print(f"{len(train_set)} images, {num_steps} steps on {args.device}, to {args.out_dir}")
     bar = data.Progress(num_steps * args.batch_size, f"Stage {stage}", done=start * args.batch_size)
-    stop = common.GracefulStop()
     for step in range(start, num_steps):
         epoch, batch = divmod(step, len(batches))
         for group in (*opt_g.param_groups, *opt_d.param_groups):
             group["lr"] = args.lr * 0.5 ** (epoch // args.lr_decay_epochs)
-        torch.manual_seed(args.seed * 2**32 + step)    # resumed runs draw the same noise
+        torch.manual_seed(args.seed * 2**20 + step)    # resumed runs draw the same noise
         images, captions, wrong = batches(step)
-        # TensorFlow release: the mean of 4 captions
+        # The mean of 4 captions, as in TF
         t, t_wrong = embeddings[captions].mean(1), embeddings[wrong].mean(1)
         noise = torch.randn(common.world_size(), len(t), NZ + 2 * NC, device=args.device)
         noise = noise[common.rank()]
         z, eps1, eps2 = noise.split((NZ, NC, NC), 1)
         with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
-            x, eps = (z, eps1) if stage == 1 else (generate([G1], noise, t), eps2)
+            x, eps = (z, eps1) if stage == 1 else (generate([G0], noise, t), eps2)
             fake, mu, log_sigma = G(x, eps, t)
             kl = kl_loss(mu.float(), log_sigma.float())
             d_stats = d_step(D, opt_d, images, fake, t, t_wrong)
-            loss_g = g_step(D, opt_g, fake, t, kl)    # TensorFlow release: a new fake
+            loss_g = g_step(D, opt_g, fake, t, kl)    # TF: a new fake
         update_ema(ema, G, min(args.ema, (1 + step) / (10 + step)))
 
         sums += torch.cat((torch.stack((loss_g, kl.detach())), d_stats))
@@ -310,8 +306,7 @@ def train_stage(args, checkpoint, stage):
             common.save_log(args.out_dir / "log.csv", history)
             common.save_checkpoint(args.out_dir / "last.pt", {
                 "kind": NAME, "stage": stage, "step": step + 1, "history": history, "sums": sums,
-                "args": {n: vars(args)[n] for n in FIXED},
-                "text_encoder": encoder, **parts})
+                "args": {n: vars(args)[n] for n in RESUME_ARGS}, "text_encoder": encoder, **parts})
         if stopping:
             return 128 + stop.signal
     if args.data == "toy":
@@ -325,7 +320,7 @@ def load_generator(path, device="cpu"):
     args, G = state["args"], [Stage1(state["args"]["ngf"])]
     if state["stage"] == 2:
         G.append(Stage2(args["ngf"], args["size"], args["num_residual"]))
-    for net, name in zip(G[::-1], ("ema", "G1")):    # the last stage is the EMA
+    for net, name in zip(G[::-1], ("ema", "G0")):    # ema: of the last stage
         net.load_state_dict(state[name])
         net.eval().to(device, memory_format=torch.channels_last)
     encoder = common.text_encoder_from_state_dict(state["text_encoder"])
@@ -351,22 +346,21 @@ def sample(args, checkpoint):
     --interpolate-noise: from noise to noise. --num-images: files instead of a grid."""
     G, encoder = load_generator(checkpoint, args.device)
     G = G[:args.stage]
-    captions, n, seed = args.captions, args.samples_per_caption, args.seed
-    embeddings = encoder.encode_prompts(captions)
-    noise, t = sample_noise(n, seed).repeat(len(captions), 1), embeddings.repeat_interleave(n, 0)
+    captions, n, seed = args.captions, args.num_images or args.samples_per_caption, args.seed
+    noise, t = sample_noise(n, seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
-        kind, noise = "noise", torch.lerp(*noise[:2], alphas).repeat(len(captions), 1)
-    elif args.interpolate:
+        kind, noise = "noise", torch.lerp(*noise[:2], alphas)
+    if args.interpolate:
         kind, noise = "interpolation", sample_noise(4, seed).repeat_interleave(n, 0)
-        t = torch.lerp(*embeddings, alphas.to(t.device)).repeat(4, 1)
+        t = torch.lerp(*t, alphas.to(t.device)).repeat(4, 1)
+    else:
+        noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
     path = args.out_dir / f"{kind}-{common.slug(captions)}-{seed}.png"
     if args.num_images:
         path = path.with_suffix("")
-        for i in range(args.num_images * len(captions)):
-            noise = sample_noise(1, seed * 2**20 + i)
-            image = generate(G, noise, embeddings[i % len(captions), None])
-            common.save_grid(path / f"{i:05}.png", image, 1)
+        for i, (z, e) in enumerate(zip(noise.split(1), t.split(1))):
+            common.save_grid(path / f"{i:05}.png", generate(G, z, e), 1)
     else:
         common.save_grid(path, generate(G, noise, t), n)
     print(*map(repr, captions), path, sep="\n")
@@ -376,9 +370,9 @@ def evaluate(G, encoder, test_set, args):
     t = common.embed_captions(encoder, test_set)
     captions = common.evaluation_captions(test_set, args.fid_samples)
     images = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
-    groups = (generate(G, sample_noise(8, i), t[[i] * 8]) for i in range(min(50, len(t))))
-    return common.evaluate(images, captions, groups, test_set, args.device,
-                           args.r_precision_encoder)
+    groups = (generate(G, sample_noise(8, i), t[[i] * 8]) for i in captions[0][:50].tolist())
+    return common.evaluate(
+        images, captions, groups, test_set, args.device, args.r_precision_encoder)
 
 # ---- Command line
 
@@ -386,9 +380,9 @@ PRESETS = {
     "toy": dict(epochs=12, size=128, ngf=16, ndf=16, batch_size=16, captions_per_image=1, ema=0.99,
                 num_residual=2, fid_samples=512),
     "coco": dict(epochs=120, ngf=192, ndf=96, num_residual=2, captions_per_image=1,
-                 lr_decay_epochs=20)}    # PyTorch release
-FIXED = ("data", "size", "ngf", "ndf", "num_residual", "batch_size", "lr", "lr_decay_epochs", "ema",
-         "captions_per_image", "seed")
+                 lr_decay_epochs=20)}    # PT
+RESUME_ARGS = ("data", "size", "ngf", "ndf", "num_residual", "batch_size", "lr", "lr_decay_epochs",
+               "ema", "captions_per_image", "seed")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(NAME, description=__doc__.split("\n")[0])
@@ -402,8 +396,8 @@ def main(argv=None):
     add("--ngf", type=int, default=128, help="width of both G (released)")
     add("--ndf", type=int, default=64, help="width of both D (released)")
     add("--num-residual", type=int, default=4, help="section 3.5: 4, at 128 px 2")
-    add("--captions-per-image", type=int, default=4, help="averaged (TensorFlow release)")
-    args, checkpoint = common.parse_args(parser, PRESETS, FIXED, argv)
+    add("--captions-per-image", type=int, default=4, help="averaged (TF)")
+    args, checkpoint = common.parse_args(parser, PRESETS, RESUME_ARGS, argv)
     if args.captions:
         return sample(args, checkpoint)
     if not args.evaluate:

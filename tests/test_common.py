@@ -66,7 +66,7 @@ def test_prompts(capsys):
     repeated = ["pink flower pink flower pink flower", "this flower is pink"]
     assert torch.equal(x, char.encode(repeated)) and "unknown" not in "".join(capsys.readouterr())
     for encoder, caption in ((damsm, "zyzzyva"), (damsm, ""), (char, "花"), (char, "")):
-        with pytest.raises(data.UserError, match="text encoder knows no"):
+        with pytest.raises(data.UserError, match="unknown to the text encoder"):
             encoder.encode_prompts(["a flower", caption])
 
 def test_unusable_encoders_are_user_errors():

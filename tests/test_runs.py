@@ -92,7 +92,7 @@ def random_model(script):
     """Return a run with random weights, so that captions and noise change the images."""
     state, path = dict(straight(script)), f"runs/random-{script}"
     torch.manual_seed(0)
-    for part in sorted({"ema", "G1", "text_encoder"} & state.keys()):
+    for part in sorted({"ema", "G0", "text_encoder"} & state.keys()):
         state[part] = {k: v + 0.15 * torch.randn_like(v) if "weight" in k or "bias" in k else v
                        for k, v in state[part].items()}
     common.save_checkpoint(Path(path, "last.pt"), state)
@@ -162,7 +162,7 @@ def test_samples_are_those_of_the_python_api(script, capsys):
         torch.testing.assert_close(grid, x, rtol=0, atol=0.01)
     assert call(script, ["--out-dir", out_dir, "--sample", A, B, "--num-images", "2"]) == 0
     files = sorted(Path(capsys.readouterr().out.split()[-1]).iterdir())
-    x = module.generate(G, module.sample_noise(1, 3), t[1:])[0] / 2 + 0.5
+    x = module.generate(G, module.sample_noise(2)[1:], t[1:])[0] / 2 + 0.5
     assert len(files) == 4 and (to_tensor(Image.open(files[3])) - x).abs().max() < 0.01
 
 class SmallInception(torch.nn.Module):
