@@ -283,10 +283,10 @@ class CaptionDataset:
                     file.write(block.tobytes())
         pixels = torch.from_file(str(decoded), True, decoded.stat().st_size, dtype=torch.uint8)
         self.images = pixels.view(len(records), 3, side, side)
-        numbers = {}
-        self.classes = torch.tensor([numbers.setdefault(r.label, len(numbers)) for r in records])
-        if len(numbers) == 1:    # no classes: each image is one
-            self.classes = torch.arange(len(records))
+        classes, index = np.unique([str(r.label) for r in records], return_inverse=True)
+        if len(classes) == 1:    # no classes: each image is one
+            index = np.arange(len(records))
+        self.classes = torch.from_numpy(index)
         self.captions = [caption for r in records for caption in r.captions]
         self.caption_counts = torch.tensor([len(r.captions) for r in records])
         self.caption_offsets = self.caption_counts.cumsum(0) - self.caption_counts

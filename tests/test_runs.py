@@ -40,6 +40,13 @@ def batches(self, step, call=data.Batches.__call__):
     return call(self, step)
 data.Batches.__call__ = batches
 """
+BETWEEN = """
+def load_dataset(name, split, size, root, call=data.load_dataset):
+    if (split, size) == ("train", 128):
+        os.kill(os.getpid(), 2)
+    return call(name, split, size, root)
+data.load_dataset = load_dataset
+"""
 KILL = "torch.save = lambda _, path: (path.write_bytes(b'x'), os.kill(os.getpid(), 9))"
 COMPARE_RANKS = """
 def save(path, state, call=common.save_checkpoint):
@@ -120,6 +127,11 @@ def test_signal_saves_in_the_middle_of_an_epoch(script, number):
     state = load(script, f"signal-{script}")
     assert state["step"] == 3 and len(state["history"]) == 1 and state["sums"].any()
     resume(script, f"signal-{script}")
+
+def test_signal_between_the_stages_stops_stage_2():
+    assert drive(BETWEEN, "stackgan", "between").returncode == 130
+    assert load("stackgan", "between")["stage"] == 2 and load("stackgan", "between")["step"] == 1
+    resume("stackgan", "between")
 
 def test_kill_while_writing_keeps_the_last_checkpoint():
     assert drive(KILL, "dfgan", "kill").returncode == -9 and not Path("runs/kill/last.pt").exists()
