@@ -98,8 +98,11 @@ class GracefulStop:
     """Catch Ctrl-C and SIGTERM; requested() is then true in all processes."""
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def close(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def handle(self, number, frame):
         if self.signal and world_size() == 1:    # torchrun repeats signals

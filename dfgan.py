@@ -275,6 +275,7 @@ def train(args, checkpoint):
                 "args": {n: vars(args)[n] for n in RESUME_ARGS}, "text_encoder": encoder, **parts})
         if stopping:
             return 128 + stop.signal
+    stop.close()
     if args.data == "toy":
         evaluate(ema, encoder, test_set, args)
 

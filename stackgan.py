@@ -220,16 +220,16 @@ def build(stage, ngf=128, ndf=64, size=256, num_residual=4, lr=2e-4, device="cpu
 
 def train(args, checkpoint):
     """Train or resume Stage-I, then Stage-II, up to args.stage."""
-    reached, stop = checkpoint["stage"] if checkpoint else 1, common.GracefulStop()
+    reached = checkpoint["stage"] if checkpoint else 1
     if args.stage < reached:
         raise common.UserError(f"{args.out_dir} has reached Stage-II; omit --stage {args.stage}")
     for stage in range(reached, args.stage + 1):
-        if status := train_stage(args, checkpoint, stage, stop):
+        if status := train_stage(args, checkpoint, stage):
             return status
         with common.main_process_first():
             checkpoint = common.load_checkpoint(args.out_dir / "last.pt", NAME)
 
-def train_stage(args, checkpoint, stage, stop):
+def train_stage(args, checkpoint, stage):
     """Train or resume a stage; write last.pt, log.csv and grids of samples."""
     size = 64 if stage == 1 else args.size
     with common.main_process_first():
@@ -268,6 +268,7 @@ def train_stage(args, checkpoint, stage, stop):
     num_steps, saved = args.epochs * len(batches), 0
     print(f"{len(train_set)} images, {num_steps} steps on {args.device}, to {args.out_dir}")
     bar = data.Progress(num_steps * args.batch_size, f"Stage {stage}", done=start * args.batch_size)
+    stop = common.GracefulStop()
     for step in range(start, num_steps):
         epoch, batch = divmod(step, len(batches))
         for group in (*opt_g.param_groups, *opt_d.param_groups):
@@ -309,6 +310,7 @@ def train_stage(args, checkpoint, stage, stop):
                 "args": {n: vars(args)[n] for n in RESUME_ARGS}, "text_encoder": encoder, **parts})
         if stopping:
             return 128 + stop.signal
+    stop.close()
     if args.data == "toy":
         evaluate(stages, encoder, test_set, args)
 

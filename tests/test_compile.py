@@ -89,8 +89,7 @@ def test_training_on_a_fake_gpu(case, memory, copies, train, monkeypatch):
 
     if case == "stackgan 2":
         train("stackgan 1", "--no-compile")
-        stage2 = functools.partial(stackgan.train_stage, stage=2, stop=common.GracefulStop())
-        monkeypatch.setattr(stackgan, "train", stage2)
+        monkeypatch.setattr(stackgan, "train", functools.partial(stackgan.train_stage, stage=2))
     gpu, steps, pinned = FakeGPU(), [], []
     gpu.fake, gpu.copies, gpu.types = FakeTensorMode(), [], set()
     with gpu.fake:    # without a GPU, this replaces the guard of devices, which needs a driver
