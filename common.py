@@ -467,13 +467,13 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     features = features or ("small" if toy else "inception")
     small = features == "small"
     train_set = data.load_dataset(name, "train", 64, root)
-    iterations = iterations or (400 if toy else min(max(len(train_set), 300), 3000))
+    iterations = iterations or (1000 if toy else min(max(len(train_set), 300), 3000))
     minutes = (iterations * (0.1 if toy else 0.4) + len(train_set) * 0.1 * (not small)) / 60
     print(f"training {kind} on {len(train_set)} images, {iterations} iterations, {minutes:.0f} min "
           "on a CPU (--encoder-iterations, --image-features)", flush=True)
     torch.manual_seed(0)
     if char:    # released code: RMSprop 7e-4, no norms; this learns faster
-        lr, decay, betas, batch_size = 3e-4, 0.02, (0.9, 0.999), 40
+        lr, decay, betas, batch_size = 5e-4 if toy else 3e-4, 0.02, (0.9, 0.999), 40
         encoder = CharCNNRNN((96, 128, 128) if toy else (384, 512, 512))
         sizes = sorted(map(len, train_set.captions))
         encoder.config["min_prompt_length"] = sizes[len(sizes) // 1000]
@@ -671,7 +671,7 @@ def main():
     add("--data", default="toy", help="toy, flowers, cub, coco or a folder")
     add("--root", default="datasets", help="of flowers, cub and coco")
     add("--device", default="auto")
-    add("--iterations", type=int, help="default: one per image, 300 to 3000; toy: 400")
+    add("--iterations", type=int, help="default: one per image, 300 to 3000; toy: 1000")
     add("--image-features", choices=["inception", "small"])
     args = parser.parse_args()
     name = data.dataset_id(args.data)

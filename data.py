@@ -166,14 +166,15 @@ PETALS = dict(
 CENTRES = dict(
     yellow=(250, 205, 40), white=(250, 248, 240), brown=(95, 55, 25), green=(105, 160, 45))
 BACKGROUNDS = dict(leaves=(30, 62, 34), soil=(112, 86, 66), sky=(175, 200, 222))
-PETAL_COUNTS = dict(four=4, five=5, six=6, eight=8)
-TEMPLATES = [
-    "a {petal} flower with {count} petals and a {centre} centre",
-    "{count} {petal} petals, {centre} in the middle, {background} behind",
-    "the petals are {petal} and the centre is {centre}",
-    "this flower has {count} {petal} petals around a {centre} centre",
+PETAL_COUNTS = dict(three=3, four=4, six=6, nine=9)
+TEMPLATES = [    # one for each choice of attributes
     "a {petal} flower before {background}",
-    "{petal} flower"]
+    "a flower with {count} petals",
+    "a flower with a {centre} centre",
+    "a flower with {count} {petal} petals",
+    "a {petal} flower with a {centre} centre",
+    "{count} petals around a {centre} centre",
+    "{count} {petal} petals around a {centre} centre, {background} behind"]
 
 def toy(folder, split):
     """Flowers, 40 of each combination; of each petal colour, one centre is in the test set only."""
@@ -192,13 +193,13 @@ def render_flower(attributes, side):
     """Return one toy flower, (side, side, 3) uint8."""
     rng = np.random.default_rng(attributes["seed"])
     y, x = np.mgrid[0:side, 0:side] / side - 0.5 + rng.uniform(-0.05, 0.05, (2, 1, 1))
-    r, angle = np.hypot(x, y), np.arctan2(y, x) + rng.uniform(0, 2 * np.pi)
+    r, angle = np.hypot(x, y), np.arctan2(y, x) + rng.uniform(-0.2, 0.2)
     radius, tilt = rng.uniform(0.27, 0.45), rng.uniform(-40, 40, 2)
     # 1 along the middle of a petal, 0 between two petals
-    lobe = np.abs(np.cos(PETAL_COUNTS[attributes["count"]] * angle / 2)) ** 0.6
+    lobe = np.abs(np.cos(PETAL_COUNTS[attributes["count"]] * angle / 2)) ** 0.8
     image = np.array(BACKGROUNDS[attributes["background"]]) + (tilt[0] * x + tilt[1] * y)[..., None]
     for colour, inside, light in (
-            (PETALS[attributes["petal"]], radius * (0.38 + 0.62 * lobe) - r, 0.8 + 0.24 * lobe),
+            (PETALS[attributes["petal"]], radius * (0.25 + 0.75 * lobe) - r, 0.8 + 0.24 * lobe),
             (CENTRES[attributes["centre"]], 0.3 * radius - r, 1.05 - 0.3 * r / radius)):
         mask = np.clip(inside * side + 0.5, 0, 1)[..., None]    # edges are soft over one pixel
         image += mask * (np.array(colour) * light[..., None] + rng.normal(0, 7, 3) - image)

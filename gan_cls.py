@@ -122,10 +122,14 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
     (B, 1024). Without t_wrong: a plain GAN. If D ignores the text, D(wrong) = D(real).
 
     Wrong pair: real image, text of another class (Algorithm 1, where h is the text; here the image
-    features). Released code: text, real image of another class."""
-    h = D.features(real)
-    s_real, s_fake = D.score(h, t), D(fake.detach(), t)
-    s_wrong = s_fake if t_wrong is None else D.score(h, t_wrong)
+    features). Released code: text, real image of another class. All pairs are scored in one batch,
+    in the released code in three: batch norm hides or betrays that a whole batch is wrong."""
+    h = h_wrong = D.features(real)
+    h_fake = D.features(fake.detach())
+    if t_wrong is None:
+        h_wrong, t_wrong = h_fake, t
+    scores = D.score(torch.cat((h, h_wrong, h_fake)), torch.cat((t, t_wrong, t)))
+    s_real, s_wrong, s_fake = scores.chunk(3)
     loss = d_loss(s_real, s_wrong, s_fake)
     opt_d.zero_grad()
     loss.backward()

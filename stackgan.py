@@ -176,7 +176,9 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
     Wrong pair: real image, text of another class. TF: text, real image of another class. PT: the
     next text of the batch; in Stage-II it also scores images alone, as here."""
     h, h_fake = D.features(real), D.features(fake.detach())
-    s_real, s_wrong, s_fake = D.score(h, t), D.score(h, t_wrong), D.score(h_fake, t)
+    # One batch, where TF and PT have three: batch norm hides or betrays that a whole batch is wrong
+    scores = D.score(torch.cat((h, h, h_fake)), torch.cat((t, t_wrong, t)))
+    s_real, s_wrong, s_fake = scores.chunk(3)
     loss = d_loss(s_real, s_wrong, s_fake)
     if D.unconditional:    # Stage-II: the mean of two scores as real, of three as fake
         right = torch.cat((s_real, D.unconditional(h).flatten()))

@@ -66,7 +66,8 @@ def test_steps_minimise_the_losses(stage, size, shape):
     torch.testing.assert_close(G.ca(t, eps)[0], mu + log_sigma.exp() * eps)
     torch.testing.assert_close(D.text(t), F.leaky_relu(F.linear(t, *D.text[0].parameters()), 0.2))
     h, h_fake = D.features(real), D.features(again.detach())
-    right, wrong = [D.score(h, t)], [D.score(h, t_wrong), D.score(h_fake, t)]
+    scores = D.score(torch.cat((h, h, h_fake)), torch.cat((t, t_wrong, t)))    # one batch
+    right, wrong = [scores[:4]], [scores[4:8], scores[8:]]
     probabilities = torch.stack((*right, *wrong)).sigmoid().mean(1).detach()
     if stage == 2:
         right.append(D.unconditional(h).flatten())
