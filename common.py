@@ -473,7 +473,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
           "on a CPU (--encoder-iterations, --image-features)", flush=True)
     torch.manual_seed(0)
     if char:    # released code: RMSprop 7e-4, no norms; this learns faster
-        lr, decay, betas, batch_size = 5e-4 if toy else 3e-4, 0.02, (0.9, 0.999), 40
+        lr, decay, betas, batch_size = 1e-3 if toy else 3e-4, 0.02, (0.9, 0.999), 40
         encoder = CharCNNRNN((96, 128, 128) if toy else (384, 512, 512))
         sizes = sorted(map(len, train_set.captions))
         encoder.config["min_prompt_length"] = sizes[len(sizes) // 1000]

@@ -150,10 +150,12 @@ def image_folder(folder, split):
                for path in sorted(folder.rglob("*")) if path.suffix.lower() in
                (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif")]
     captioned = [r for r in records if r.captions]
-    print(f"{folder}: {len(captioned)} of {len(records)} images have captions")
+    found = f"{folder}: {len(captioned)} of {len(records)} images have captions"
     if len(captioned) < 2:
-        raise UserError(f"the folder {folder} needs 2 or more captioned images, photo.jpg beside "
-                        "photo.txt; or use --data toy, flowers, cub or coco")
+        raise UserError(f"{found}; a folder needs 2 or more, photo.jpg beside photo.txt; other "
+                        "values of --data: toy, flowers, cub, coco")
+    if len(captioned) < len(records):
+        print(found)
     if len(captioned) < 20:
         return captioned
     return [r for i, r in enumerate(captioned) if (i % 10 == 9) == (split == "test")]

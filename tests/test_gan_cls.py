@@ -82,10 +82,19 @@ def test_steps_are_those_of_adam_on_the_plain_networks(upsample, wrong):
     torch.testing.assert_close(fake, plain, rtol=1e-10, atol=1e-10)
     h, h_fake = (plain_features(D.double(), x) for x in (real, fake.data))
     # All pairs share the statistics of batch norm
-    pairs = (h, h if wrong else h_fake, h_fake), (t, t_wrong if wrong else t, t)
-    p_real, p_wrong, p_fake = plain_score(D, *map(torch.cat, pairs)).split(5)
-    loss = -(p_real.log() + ((1 - p_wrong).log() + (1 - p_fake).log()) / 2).mean()
-    stats = check_step(lambda: gan_cls.d_step(D, opt_d, real, fake, t, t_wrong), loss, D, G)
-    torch.testing.assert_close(stats[1:], torch.stack((p_real, p_wrong, p_fake)).mean(1).detach())
-    loss = -plain_score(D, plain_features(D, plain), t).log().mean()
-    check_step(lambda: gan_cls.g_step(D, opt_g, fake, t), loss, G, D)
+    images, texts = [h, h] if wrong else [h], [t, t_wrong] if wrong else [t]
+    p = plain_score(D, torch.cat((*images, h_fake)), torch.cat((*texts, t))).split(5)
+    loss = -(p[0].log() + ((1 - p[1]).log() + (1 - p[-1]).log()) / 2).mean()
+    pairs = []
+
+    def step():
+        stats, result = gan_cls.d_step(D, opt_d, real, fake, t, t_wrong)
+        pairs.extend(result)
+        return stats
+
+    stats = check_step(step, loss, D, G)
+    torch.testing.assert_close(stats[1:], torch.stack((p[0], p[1], p[-1])).mean(1).detach())
+    torch.testing.assert_close(pairs, [torch.cat(images).detach(), torch.cat(texts)])
+    x = torch.cat((pairs[0], plain_features(D, plain)))
+    loss = -plain_score(D, x, torch.cat((*texts, t)))[-5:].log().mean()
+    check_step(lambda: gan_cls.g_step(D, opt_g, fake, t, pairs), loss, G, D)
