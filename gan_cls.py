@@ -118,30 +118,24 @@ def interpolate_embeddings(t):
 # ---- Steps
 
 def d_step(D, opt_d, real, fake, t, t_wrong):
-    """Update D. real, fake (B, 3, 64, 64); t, t_wrong (B, 1024), t_wrong None: a plain GAN. Return
-    loss, D(real), D(wrong), D(fake), and the pairs of real images for g_step.
+    """Update D. Return loss, D(real), D(wrong), D(fake). real, fake (B, 3, 64, 64); t, t_wrong
+    (B, 1024). Without t_wrong: a plain GAN. If D ignores the text, D(wrong) = D(real).
 
     Wrong pair: real image, text of another class (Algorithm 1, where h is the text; here the image
-    features). Released code: text, real image of another class. All pairs are in one batch; paper
-    and released code: three, but batch norm hides what all pairs of a batch have in common."""
-    h, t_h = D.features(real), t
-    if t_wrong is not None:
-        h, t_h = torch.cat((h, h)), torch.cat((t, t_wrong))
-    scores = D.score(torch.cat((h, D.features(fake.detach()))), torch.cat((t_h, t))).split(len(t))
-    s_real, s_wrong, s_fake = scores[0], scores[1], scores[-1]
+    features). Released code: text, real image of another class."""
+    h = D.features(real)
+    s_real, s_fake = D.score(h, t), D(fake.detach(), t)
+    s_wrong = s_fake if t_wrong is None else D.score(h, t_wrong)
     loss = d_loss(s_real, s_wrong, s_fake)
     opt_d.zero_grad()
     loss.backward()
     opt_d.step()
-    stats = torch.stack((loss, *(s.sigmoid().mean() for s in (s_real, s_wrong, s_fake)))).detach()
-    return stats, (h.detach(), t_h)
+    return torch.stack((loss, *(s.sigmoid().mean() for s in (s_real, s_wrong, s_fake)))).detach()
 
-def g_step(D, opt_g, fake, t, pairs):
-    """Update G. fake: d_step's G(z, t), not detached; t (B, TEXT); pairs: d_step's. Return the
-    loss."""
+def g_step(D, opt_g, fake, t):
+    """Update G. fake: d_step's G(z, t), not detached; t (B, TEXT). Return the loss."""
     D.requires_grad_(False)    # no D gradients, no stale autocast cache
-    h, t_h = pairs
-    loss = g_loss(D.score(torch.cat((h, D.features(fake))), torch.cat((t_h, t)))[len(h):])
+    loss = g_loss(D(fake, t))
     opt_g.zero_grad()
     loss.backward()
     opt_g.step()
@@ -211,8 +205,8 @@ def train(args, checkpoint):
         z = torch.randn(common.world_size(), len(t_g), NZ, device=args.device)[common.rank()]
         with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
             fake = G(z, t_g)
-            d_stats, pairs = d_step(D, opt_d, images, fake[:len(t)], t, t_wrong)
-            loss_g = g_step(D, opt_g, fake, t_g, pairs)    # released code: a new fake
+            d_stats = d_step(D, opt_d, images, fake[:len(t)], t, t_wrong)
+            loss_g = g_step(D, opt_g, fake, t_g)    # released code: a new fake
         update_ema(ema, G, min(args.ema, (1 + step) / (10 + step)))
 
         sums += torch.cat((loss_g[None], d_stats))

@@ -170,36 +170,32 @@ def kl_loss(mu, log_sigma):
 # ---- Steps
 
 def d_step(D, opt_d, real, fake, t, t_wrong):
-    """Update D. real, fake (B, 3, S, S); t, t_wrong (B, TEXT). Return loss, D(real), D(wrong),
-    D(fake), and the pairs of real images for g_step. If D ignores the text, D(wrong) = D(real).
+    """Update D. Return loss, D(real), D(wrong), D(fake). real, fake (B, 3, S, S); t, t_wrong
+    (B, TEXT). If D ignores the text, D(wrong) = D(real).
 
     Wrong pair: real image, text of another class. TF: text, real image of another class. PT: the
-    next text of the batch; in Stage-II it also scores images alone, as here. All pairs are in one
-    batch; TF, PT: three, but batch norm hides what all pairs of a batch have in common."""
-    h_real, h_fake = D.features(real), D.features(fake.detach())
-    h, t_h = torch.cat((h_real, h_real)), torch.cat((t, t_wrong))
-    s_real, s_wrong, s_fake = D.score(torch.cat((h, h_fake)), torch.cat((t_h, t))).chunk(3)
+    next text of the batch; in Stage-II it also scores images alone, as here."""
+    h, h_fake = D.features(real), D.features(fake.detach())
+    s_real, s_wrong, s_fake = D.score(h, t), D.score(h, t_wrong), D.score(h_fake, t)
     loss = d_loss(s_real, s_wrong, s_fake)
     if D.unconditional:    # Stage-II: the mean of two scores as real, of three as fake
-        right = torch.cat((s_real, D.unconditional(h_real).flatten()))
+        right = torch.cat((s_real, D.unconditional(h).flatten()))
         wrong = torch.cat((s_wrong, s_fake, D.unconditional(h_fake).flatten()))
         loss = F.softplus(-right).mean() + F.softplus(wrong).mean()
     opt_d.zero_grad()
     loss.backward()
     opt_d.step()
-    stats = torch.stack((loss, *(s.sigmoid().mean() for s in (s_real, s_wrong, s_fake)))).detach()
-    return stats, (h.detach(), t_h)
+    return torch.stack((loss, *(s.sigmoid().mean() for s in (s_real, s_wrong, s_fake)))).detach()
 
-def g_step(D, opt_g, fake, t, pairs, kl):
-    """Update G. fake: d_step's G(...), not detached; t (B, TEXT); pairs: d_step's. Return the loss
-    without kl.
+def g_step(D, opt_g, fake, t, kl):
+    """Update G. fake: d_step's G(...), not detached; t (B, TEXT). Return the loss without kl.
 
     Weight of kl, from kl_loss: 2, as released; paper: 1."""
     D.requires_grad_(False)    # no D gradients, no stale autocast cache
-    (h, t_h), h_fake = pairs, D.features(fake)
-    loss = g_loss(D.score(torch.cat((h, h_fake)), torch.cat((t_h, t)))[len(h):])
+    h = D.features(fake)
+    loss = g_loss(D.score(h, t))
     if D.unconditional:
-        loss = loss + g_loss(D.unconditional(h_fake))
+        loss = loss + g_loss(D.unconditional(h))
     opt_g.zero_grad()
     (loss + 2 * kl).backward()
     opt_g.step()
@@ -288,8 +284,8 @@ def train_stage(args, checkpoint, stage):
             x, eps = (z, eps1) if stage == 1 else (generate([G0], noise, t), eps2)
             fake, mu, log_sigma = G(x, eps, t)
             kl = kl_loss(mu.float(), log_sigma.float())
-            d_stats, pairs = d_step(D, opt_d, images, fake, t, t_wrong)
-            loss_g = g_step(D, opt_g, fake, t, pairs, kl)    # TF: a new fake
+            d_stats = d_step(D, opt_d, images, fake, t, t_wrong)
+            loss_g = g_step(D, opt_g, fake, t, kl)    # TF: a new fake
         update_ema(ema, G, min(args.ema, (1 + step) / (10 + step)))
 
         sums += torch.cat((torch.stack((loss_g, kl.detach())), d_stats))

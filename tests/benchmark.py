@@ -22,8 +22,8 @@ def step(module, nets, real, t, eps):
     if eps:
         fake, mu, log_sigma = fake
         kl = [module.kl_loss(mu, log_sigma)]
-    done = module.d_step(D, opt_d, real, fake, t, t.roll(1, 0))
-    module.g_step(D, opt_g, fake, t, *(() if module is dfgan else done[1:]), *kl)
+    module.d_step(D, opt_d, real, fake, t, t.roll(1, 0))
+    module.g_step(D, opt_g, fake, t, *kl)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -39,8 +39,8 @@ def make_step(name, config, batch, device, compiled=False, bf16=False):
             if module is stackgan:
                 fake, mu, log_sigma = fake
                 kl = [stackgan.kl_loss(mu.float(), log_sigma.float())]
-            done = module.d_step(D, opt_d, real, fake, t, t.roll(1, 0), *d_loss)
-            return module.g_step(D, opt_g, fake, t, *(() if d_loss else done[1:]), *kl)
+            module.d_step(D, opt_d, real, fake, t, t.roll(1, 0), *d_loss)
+            return module.g_step(D, opt_g, fake, t, *kl)
     return step, (G, D)
 
 def seconds(function, n):
