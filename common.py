@@ -163,8 +163,7 @@ def add_common_args(parser):
     add("--device", default="auto")
     add("--seed", type=int, default=0, help="of a new run, or of samples")
     add("--ema", type=float, default=0.999, help="decay of the moving average of G (no paper)")
-    for flag in ("--bf16", "--compile"):
-        add(flag, action=argparse.BooleanOptionalAction, help="default: on CUDA")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     add("--text-encoder", metavar="FILE", help="default: released, or trained here")
     add("--encoder-iterations", type=int, help="of training it")
     add("--image-features", choices=["inception", "small"], help="for training it")
@@ -205,7 +204,7 @@ def parse_args(parser, presets, fixed, argv=None):
         print(f"{path}: trained on {saved['data']}, {checkpoint['step']} steps")
     elif not new:
         parser.error(f"{path} does not exist; train first, without --sample or --evaluate")
-    parser.set_defaults(bf16=cuda and torch.cuda.is_bf16_supported(False), compile=cuda,
+    parser.set_defaults(bf16=cuda and torch.cuda.is_bf16_supported(False),
                         **presets.get(saved.get("data", args.data), {}) | saved)
     args = parser.parse_args(argv)
     args.data, args.device = data.dataset_id(args.data), device

@@ -106,15 +106,41 @@ class Generator(nn.Module):
             x = block(x, c)
         return self.to_rgb(x)
 
+class Convolution(torch.autograd.Function):
+    """F.conv2d with a backward that MA-GP can differentiate fast: the derivative of PyTorch's own
+    backward convolves with whole feature maps as kernels, half of a training step on a GPU."""
+    @staticmethod
+    def forward(x, weight, bias, stride, padding):
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, *ctx.geometry = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        grad_x = F.conv_transpose2d(grad, weight, None, *ctx.geometry) if need_x else None
+        grad_weight = (nn.grad.conv2d_weight(x, weight.shape, grad, *ctx.geometry)
+                       if need_weight else None)
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if need_bias else None, None, None
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d by Convolution."""
+    def forward(self, x):
+        return Convolution.apply(x, self.weight, self.bias, self.stride, self.padding)
+
 class DownBlock(nn.Module):
     """(B, a, 2s, 2s) -> (B, b, s, s): shortcut + gamma residual. gamma starts at 0, as released."""
     def __init__(self, a, b):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1))
         self.conv_r = nn.Sequential(
-            nn.Conv2d(a, b, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True),
-            nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.LeakyReLU(0.2, True))
-        self.conv_s = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
+            Conv2d(a, b, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True),
+            Conv2d(b, b, 3, 1, 1, bias=False), nn.LeakyReLU(0.2, True))
+        self.conv_s = Conv2d(a, b, 1) if a != b else nn.Identity()
 
     def forward(self, x):
         h = self.conv_r(x)    # released code: pools after conv_s, the same with 4 times the work
@@ -125,11 +151,11 @@ class Discriminator(nn.Module):
     def __init__(self, nf=32, size=256):
         super().__init__()
         widths = channels(nf, size)
-        self.conv_img = nn.Conv2d(3, nf, 3, 1, 1)
+        self.conv_img = Conv2d(3, nf, 3, 1, 1)
         self.DBlocks = nn.Sequential(*(DownBlock(a, b) for a, b in zip(widths, widths[1:])))
         self.joint_conv = nn.Sequential(
-            nn.Conv2d(8 * nf + TEXT, 2 * nf, 3, 1, 1, bias=False), nn.LeakyReLU(0.2, True),
-            nn.Conv2d(2 * nf, 1, 4, bias=False))
+            Conv2d(8 * nf + TEXT, 2 * nf, 3, 1, 1, bias=False), nn.LeakyReLU(0.2, True),
+            Conv2d(2 * nf, 1, 4, bias=False))
 
     def features(self, x):
         return self.DBlocks(self.conv_img(x))    # (B, 8 nf, 4, 4)
@@ -154,8 +180,8 @@ def ma_gp(grad_x, grad_t, k=2, p=6):
     return k * (s ** (p / 2)).mean()    # sqrt(s) ** p has a NaN gradient at 0
 
 def d_loss(D, real, fake, t, t_wrong):
-    """Return hinge loss + MA-GP, and the tensor that d_step returns. torch.func.grad because
-    torch.compile cannot differentiate twice through torch.autograd.grad."""
+    """Return hinge loss + MA-GP, and the tensor that d_step returns. In torch.func.grad, unlike in
+    torch.autograd.grad, Convolution knows that no gradients of weights are needed."""
     def score(x, t):
         h = D.features(x)
         s = D.score(h, t)
@@ -172,11 +198,11 @@ def g_loss(fake):
 
 # ---- Steps
 
-def d_step(D, opt_d, real, fake, t, t_wrong, loss_function=d_loss):
+def d_step(D, opt_d, real, fake, t, t_wrong):
     """Update D. Return loss, D(real), D(wrong), D(fake), MA-GP. If D ignores the text, D(wrong) =
-    D(real). real, fake (B, 3, S, S); t, t_wrong (B, 256). loss_function: d_loss or compiled.
-    t_wrong in train, as released: t rolled by one, sometimes of the same class."""
-    loss, stats = loss_function(D, real, fake.detach(), t, t_wrong)
+    D(real). real, fake (B, 3, S, S); t, t_wrong (B, 256). t_wrong in train, as released: t rolled
+    by one, sometimes of the same class."""
+    loss, stats = d_loss(D, real, fake.detach(), t, t_wrong)
     opt_d.zero_grad()
     loss.backward()
     opt_d.step()
@@ -230,11 +256,6 @@ def train(args, checkpoint):
     sums = sums.to(args.device)    # of losses since the epoch began
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
-    loss_function = torch.compile(d_loss, dynamic=False) if args.compile else d_loss
-    if args.compile:
-        for net in (G, D):
-            net.compile(dynamic=False)
-        print("compiling, which takes minutes (--no-compile)", flush=True)
 
     t = encoder.encode(test_set.first_captions(8))    # grid: rows are captions, columns noises
     grid = sample_noise(8, args.seed).repeat(len(t), 1), t.repeat_interleave(8, 0)
@@ -250,7 +271,7 @@ def train(args, checkpoint):
         z = torch.randn(common.world_size(), len(t), NZ, device=args.device)[common.rank()]
         with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
             fake = G(z, t)
-            d_stats = d_step(D, opt_d, images, fake, t, t_wrong, loss_function)
+            d_stats = d_step(D, opt_d, images, fake, t, t_wrong)
             loss_g = g_step(D, opt_g, fake, t)
         update_ema(ema, G, min(args.ema, (1 + step) / (10 + step)))
 

@@ -258,10 +258,6 @@ def train_stage(args, checkpoint, stage):
     sums = sums.to(args.device)    # of losses since the epoch began
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
-    if args.compile and common.world_size() == 1:    # SyncBatchNorm breaks the graph
-        G.compile(dynamic=False)
-        D.features, D.score = (torch.compile(f, dynamic=False) for f in (D.features, D.score))
-        print("compiling, which takes minutes (--no-compile)", flush=True)
 
     t = encoder.encode(test_set.first_captions(8))    # grid: rows are captions, columns noises
     grid = sample_noise(8, args.seed).repeat(len(t), 1), t.repeat_interleave(8, 0)
