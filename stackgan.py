@@ -51,7 +51,10 @@ class NearestUpConv(nn.Conv2d):
     def forward(self, x):
         if x.shape[2] < 8:    # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
-        weight = F.avg_pool2d(self.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)
+        # Not by F.avg_pool2d: its gradient is wrong on CUDA (pytorch/pytorch issue 188344)
+        weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
+        weight = weight[:, :, 1:] + weight[:, :, :-1]
+        weight = weight[..., 1:] + weight[..., :-1]    # (b, a, 4, 4)
         return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, 1)
 
 def conv(a, b, kernel=3, stride=1):
