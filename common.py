@@ -224,7 +224,7 @@ def parse_args(parser, presets, fixed, argv=None):
 class TextEncoder(nn.Module):
     """tokenize(captions) -> integers (B, T); embed(tokens) -> sentence embeddings (B, dim).
 
-    config, part of the state dict: "description", "vocabulary", "min_prompt_length"."""
+    config, part of the state dict: "vocabulary", "min_prompt_length"."""
     def get_extra_state(self):
         return self.config
 
@@ -397,7 +397,7 @@ class FIDInception(nn.Module):
         net = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
         weights = torch.hub.load_state_dict_from_url(INCEPTION, check_hash=True, weights_only=True)
         net.load_state_dict(weights, strict=False)
-        self.head, net.fc = (net.fc if "fc.weight" in weights else None), nn.Identity()
+        net.fc = nn.Identity()
         self.net = net.eval().to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         # torchvision's average pools count the padding; the FID's do not, and its last is a maximum
@@ -514,7 +514,6 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     nets.eval().requires_grad_(False)
     if char:
         fold_batch_norm(encoder, norm, train_set.captions)
-    encoder.config["description"] = f"{kind} of {Path(name).name}, {iterations} iterations"
     save_checkpoint(path, {
         "kind": "text encoder", "data": name, "iterations": iterations, "features": features,
         "text_encoder": encoder, "image_encoder": image_encoder})
@@ -541,7 +540,7 @@ def load_text_encoder(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("text_encoder", state)
         if "_extra_state" not in state:
-            state["_extra_state"] = config = {"description": f"released encoder {path}"}
+            state["_extra_state"] = config = {}
             if "encoder.weight" in state:
                 with open(Path(path).with_name("captions.pickle"), "rb") as file:
                     words = RestrictedUnpickler(file, encoding="latin1").load()[2]
@@ -587,7 +586,7 @@ def embed_captions(encoder, dataset):
         x = encoder.encode(dataset.captions)
         save_checkpoint(path, {"kind": "embeddings", "x": x})
     rms = x.square().sum(1).mean().sqrt()
-    print(f"text encoder: {encoder.config['description']}; RMS length of embeddings {rms:.2f}")
+    print(f"RMS length of the embeddings of captions: {rms:.2f}")
     if encoder.dim == 1024 and rms > 2:
         print("warning: encoders trained here have 1; at a larger length G sees less of the noise")
     return x
@@ -602,14 +601,6 @@ def frechet_distance(x, y):
     root = torch.linalg.eigvals(cov1 @ cov2).sqrt().real.sum()    # its trace
     distance = (x.mean(0) - y.mean(0)).square().sum()
     return (distance + cov1.trace() + cov2.trace() - 2 * root).item()
-
-def inception_score(logits):
-    """exp E KL(p(y|x) || p(y)), mean of ten splits of logits (N, C) (Salimans et al. 2016)."""
-    scores = []
-    for log_p in logits.double().log_softmax(1).tensor_split(10):
-        kl = (log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1).mean()
-        scores.append(kl.exp())
-    return torch.stack(scores).mean().item()
 
 def r_precision(image, captions, text, classes):
     """Return how often an image (N, D) has a larger cosine with its caption (N,) than with 99 of
@@ -645,9 +636,6 @@ def evaluate(images, captions, groups, test_set, device, r_precision_encoder=Non
           + ("; too few to mean much" if min(len(fake), len(real)) < 500 else ""))
     metrics = {"fid": frechet_distance(real, fake),
                "diversity": torch.stack([F.pdist(net(x)[0]) for x in groups]).mean().item()}
-    if net.head:
-        print("Inception Score by the FID's network; published values of CUB are by another one")
-        metrics["inception_score"] = inception_score(net.head(fake))
     path = Path(r_precision_encoder or encoder_path("damsm", test_set.name))
     state = load_checkpoint(path, "text encoder") if path.exists() else {}
     if state.get("features") != "inception" or len(test_set.captions) < 200:

@@ -39,7 +39,6 @@ def test_released_encoders(name, key):
         words, _ = encoder(torch.from_numpy(captions))
         np.testing.assert_allclose(words, golden["words"], atol=1e-5, rtol=0)
         captions = [" ".join(WORDS[i] for i in row if i) for row in captions]
-    assert "released" in encoder.config["description"]
     for x in (encoder.encode(captions), torch.cat([encoder.encode([c]) for c in captions])):
         np.testing.assert_allclose(x, golden[key], atol=1e-5, rtol=0)
 
@@ -97,7 +96,7 @@ def test_text_encoders_are_trained_and_chosen(home, tmp_path, monkeypatch):
         encoder = common.load_text_encoder(path)
         x = encoder.encode(data.load_dataset(name, size=64).captions)
         assert x.shape == (44, dim) and x.isfinite().all() and x.std(0).max() > 1e-4
-        assert f"{iterations} iterations" in encoder.config["description"]
+        assert torch.load(path)["iterations"] == iterations
         assert torch.load(path)["image_encoder"]["global_proj.weight"].any()    # of SJE: 0 before
         assert encoder.config.get("min_prompt_length") == {1024: len("it is red")}.get(dim)
     red, green, same = encoder.encode(["a red picture", "a green picture", "it is red"])
@@ -241,11 +240,3 @@ def test_order_of_captions_and_toy_metric():
     assert min(data.attribute_accuracy(images, captions, dataset).values()) > 0.98
     images = [x.flip(0) for x in images]    # of other captions
     assert max(data.attribute_accuracy(images, captions, dataset).values()) < 0.6
-
-def test_inception_score():
-    logits = torch.randn(50, 7, dtype=torch.double) * 3
-    scores = []
-    for part in logits.softmax(1).numpy().reshape(10, 5, 7):
-        kl = sum(p * math.log(p / q) for row in part for p, q in zip(row, part.mean(0)))
-        scores.append(math.exp(kl / 5))
-    assert common.inception_score(logits) == pytest.approx(np.mean(scores), rel=1e-9)
