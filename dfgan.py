@@ -33,7 +33,7 @@ SIZES = 32, 64, 128, 256, 512
 # ---- Networks, with the parameter names of released checkpoints
 
 class Affine(nn.Module):
-    """gamma(c) x + beta(c), x (B, a, s, s); MLPs of c = (z, t), as released (eq. 3: of t)."""
+    """gamma(c) x + beta(c) of x (B, a, s, s). c = (z, t), as released; eq. 3 has t alone."""
     def __init__(self, a):
         super().__init__()
         for name, bias in (("fc_gamma", 1.0), ("fc_beta", 0.0)):
@@ -49,7 +49,7 @@ class Affine(nn.Module):
         return torch.addcmul(beta, gamma, x)
 
 class DFBlock(nn.Module):
-    """Affine, activation, affine, activation. Figure: ReLU; released code, as here: leaky ReLU."""
+    """Affine, activation, affine, activation: leaky ReLU, as released (figure: ReLU)."""
     def __init__(self, a):
         super().__init__()
         self.affine0, self.affine1 = Affine(a), Affine(a)
@@ -64,7 +64,7 @@ class NearestUpConv(nn.Conv2d):
     def forward(self, x):
         if x.shape[2] < 8:    # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
-        # Not by F.avg_pool2d: its gradient is wrong on CUDA (pytorch/pytorch issue 188344)
+        # Not F.avg_pool2d: with padding, its gradient is wrong on CUDA (PyTorch issue 188344)
         weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         weight = weight[:, :, 1:] + weight[:, :, :-1]
         weight = weight[..., 1:] + weight[..., :-1]    # (b, a, 4, 4)
@@ -110,8 +110,8 @@ class Generator(nn.Module):
         return self.to_rgb(x)
 
 class Convolution(torch.autograd.Function):
-    """F.conv2d with a backward that MA-GP can differentiate fast: the derivative of PyTorch's own
-    backward convolves with whole feature maps as kernels, half of a training step on a GPU."""
+    """F.conv2d with a backward that MA-GP can differentiate fast. The derivative of PyTorch's own
+    backward convolves with whole feature maps, on a GPU 37 of the 88 ms of a step's kernels."""
     @staticmethod
     def forward(x, weight, bias, stride, padding):
         return F.conv2d(x, weight, bias, stride, padding)
@@ -123,15 +123,17 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)
+        x, weight = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)    # autocast
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        grad_x = F.conv_transpose2d(grad, weight, None, *ctx.geometry) if need_x else None
-        grad_weight = (nn.grad.conv2d_weight(x, weight.shape, grad, *ctx.geometry)
-                       if need_weight else None)
+        grad_x = grad_weight = None
+        if need_x:    # not nn.grad.conv2d_input, which has the slow derivative
+            grad_x = F.conv_transpose2d(grad, weight, None, *ctx.geometry)
+        if need_weight:
+            grad_weight = nn.grad.conv2d_weight(x, weight.shape, grad, *ctx.geometry)
         return grad_x, grad_weight, grad.sum((0, 2, 3)) if need_bias else None, None, None
 
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d by Convolution."""
+class DConv2d(nn.Conv2d):
+    """nn.Conv2d of D, computed by Convolution."""
     def forward(self, x):
         return Convolution.apply(x, self.weight, self.bias, self.stride, self.padding)
 
@@ -141,24 +143,25 @@ class DownBlock(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1))
         self.conv_r = nn.Sequential(
-            Conv2d(a, b, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True),
-            Conv2d(b, b, 3, 1, 1, bias=False), nn.LeakyReLU(0.2, True))
-        self.conv_s = Conv2d(a, b, 1) if a != b else nn.Identity()
+            DConv2d(a, b, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True),
+            DConv2d(b, b, 3, 1, 1, bias=False), nn.LeakyReLU(0.2, True))
+        self.conv_s = DConv2d(a, b, 1) if a != b else nn.Identity()
 
     def forward(self, x):
-        h = self.conv_r(x)    # released code: pools after conv_s, the same with 4 times the work
-        return torch.addcmul(self.conv_s(F.avg_pool2d(x, 2)), self.gamma.to(h.dtype), h)
+        h = self.conv_r(x)
+        shortcut = self.conv_s(F.avg_pool2d(x, 2))    # released: pooled last, 4 times the work
+        return torch.addcmul(shortcut, self.gamma.to(h.dtype), h)
 
 class Discriminator(nn.Module):
     """Target-Aware Discriminator: images (B, 3, S, S), t (B, 256) -> scores (B,). Figure 2."""
     def __init__(self, nf=32, size=256):
         super().__init__()
         widths = channels(nf, size)
-        self.conv_img = Conv2d(3, nf, 3, 1, 1)
+        self.conv_img = DConv2d(3, nf, 3, 1, 1)
         self.DBlocks = nn.Sequential(*(DownBlock(a, b) for a, b in zip(widths, widths[1:])))
         self.joint_conv = nn.Sequential(
-            Conv2d(8 * nf + TEXT, 2 * nf, 3, 1, 1, bias=False), nn.LeakyReLU(0.2, True),
-            Conv2d(2 * nf, 1, 4, bias=False))
+            DConv2d(8 * nf + TEXT, 2 * nf, 3, 1, 1, bias=False), nn.LeakyReLU(0.2, True),
+            DConv2d(2 * nf, 1, 4, bias=False))
 
     def features(self, x):
         return self.DBlocks(self.conv_img(x))    # (B, 8 nf, 4, 4)
@@ -183,8 +186,8 @@ def ma_gp(grad_x, grad_t, k=2, p=6):
     return k * (s ** (p / 2)).mean()    # sqrt(s) ** p has a NaN gradient at 0
 
 def d_loss(D, real, fake, t, t_wrong):
-    """Return hinge loss + MA-GP, and the tensor that d_step returns. In torch.func.grad, unlike in
-    torch.autograd.grad, Convolution knows that no gradients of weights are needed."""
+    """Return hinge loss + MA-GP, and the tensor that d_step returns. torch.func.grad, unlike
+    torch.autograd.grad, tells Convolution to skip the gradients of weights."""
     def score(x, t):
         h = D.features(x)
         s = D.score(h, t)
@@ -203,8 +206,8 @@ def g_loss(fake):
 
 def d_step(D, opt_d, real, fake, t, t_wrong):
     """Update D. Return loss, D(real), D(wrong), D(fake), MA-GP. If D ignores the text, D(wrong) =
-    D(real). real, fake (B, 3, S, S); t, t_wrong (B, 256). t_wrong in train, as released: t rolled
-    by one, sometimes of the same class."""
+    D(real). real, fake (B, 3, S, S); t, t_wrong (B, 256). t_wrong: train rolls t by one, as
+    released; it may be of the same class."""
     loss, stats = d_loss(D, real, fake.detach(), t, t_wrong)
     opt_d.zero_grad()
     loss.backward()
@@ -213,7 +216,7 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
 
 def g_step(D, opt_g, fake, t):
     """Update G. fake: d_step's G(z, t), not detached; t (B, TEXT). Return the loss."""
-    D.requires_grad_(False)    # no D gradients, no stale autocast cache
+    D.requires_grad_(False)    # no gradients of D; no weights that autocast cached before its step
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
     loss.backward()
@@ -290,7 +293,7 @@ def train(args, checkpoint):
             history.append({"epoch": epoch + 1, **means})
             if args.eval_every and (epoch + 1) % args.eval_every == 0:
                 history[-1] |= evaluate(ema, encoder, test_set, args)
-        if stopping or step + 1 == num_steps or end_of_epoch and time.time() - saved > 60:
+        if stopping or step + 1 == num_steps or (end_of_epoch and time.time() - saved > 60):
             saved = time.time()
             common.save_grid(args.out_dir / f"epoch_{epoch + 1:04}.png", generate(ema, *grid), 8)
             common.save_log(args.out_dir / "log.csv", history)
@@ -365,7 +368,7 @@ def evaluate(G, encoder, test_set, args):
     t = common.embed_captions(encoder, test_set)
     captions = common.evaluation_captions(test_set, args.fid_samples)
     images = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
-    groups = (generate(G, sample_noise(8, i), t[[i] * 8]) for i in captions[0][:50].tolist())
+    groups = (generate(G, sample_noise(8, k), t[[k] * 8]) for k in captions[0][:50].tolist())
     return common.evaluate(
         images, captions, groups, test_set, args.device, args.r_precision_encoder)
 

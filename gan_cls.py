@@ -38,7 +38,7 @@ class NearestUpConv(nn.Conv2d):
     def forward(self, x):
         if x.shape[2] < 8:    # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
-        # Not by F.avg_pool2d: its gradient is wrong on CUDA (pytorch/pytorch issue 188344)
+        # Not F.avg_pool2d: with padding, its gradient is wrong on CUDA (PyTorch issue 188344)
         weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         weight = weight[:, :, 1:] + weight[:, :, :-1]
         weight = weight[..., 1:] + weight[..., :-1]    # (b, a, 4, 4)
@@ -137,7 +137,7 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
 
 def g_step(D, opt_g, fake, t):
     """Update G. fake: d_step's G(z, t), not detached; t (B, TEXT). Return the loss."""
-    D.requires_grad_(False)    # no D gradients, no stale autocast cache
+    D.requires_grad_(False)    # no gradients of D; no weights that autocast cached before its step
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
     loss.backward()
@@ -220,7 +220,7 @@ def train(args, checkpoint):
             history.append({"epoch": epoch + 1, **means})
             if args.eval_every and (epoch + 1) % args.eval_every == 0:
                 history[-1] |= evaluate(ema, encoder, test_set, args)
-        if stopping or step + 1 == num_steps or end_of_epoch and time.time() - saved > 60:
+        if stopping or step + 1 == num_steps or (end_of_epoch and time.time() - saved > 60):
             saved = time.time()
             common.save_grid(args.out_dir / f"epoch_{epoch + 1:04}.png", generate(ema, *grid), 8)
             common.save_log(args.out_dir / "log.csv", history)
@@ -281,7 +281,7 @@ def evaluate(G, encoder, test_set, args):
     t = common.embed_captions(encoder, test_set)
     captions = common.evaluation_captions(test_set, args.fid_samples)
     images = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
-    groups = (generate(G, sample_noise(8, i), t[[i] * 8]) for i in captions[0][:50].tolist())
+    groups = (generate(G, sample_noise(8, k), t[[k] * 8]) for k in captions[0][:50].tolist())
     return common.evaluate(
         images, captions, groups, test_set, args.device, args.r_precision_encoder)
 

@@ -51,7 +51,7 @@ class NearestUpConv(nn.Conv2d):
     def forward(self, x):
         if x.shape[2] < 8:    # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
-        # Not by F.avg_pool2d: its gradient is wrong on CUDA (pytorch/pytorch issue 188344)
+        # Not F.avg_pool2d: with padding, its gradient is wrong on CUDA (PyTorch issue 188344)
         weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         weight = weight[:, :, 1:] + weight[:, :, :-1]
         weight = weight[..., 1:] + weight[..., :-1]    # (b, a, 4, 4)
@@ -194,7 +194,7 @@ def g_step(D, opt_g, fake, t, kl):
     """Update G. fake: d_step's G(...), not detached; t (B, TEXT). Return the loss without kl.
 
     Weight of kl, from kl_loss: 2, as released; paper: 1."""
-    D.requires_grad_(False)    # no D gradients, no stale autocast cache
+    D.requires_grad_(False)    # no gradients of D; no weights that autocast cached before its step
     h = D.features(fake)
     loss = g_loss(D.score(h, t))
     if D.unconditional:
@@ -299,7 +299,7 @@ def train_stage(args, checkpoint, stage):
             history.append({"stage": stage, "epoch": epoch + 1, **means})
             if args.eval_every and (epoch + 1) % args.eval_every == 0:
                 history[-1] |= evaluate(stages, encoder, test_set, args)
-        if stopping or step + 1 == num_steps or end_of_epoch and time.time() - saved > 60:
+        if stopping or step + 1 == num_steps or (end_of_epoch and time.time() - saved > 60):
             saved = time.time()
             common.save_grid(args.out_dir / f"stage{stage}_epoch_{epoch + 1:04}.png",
                              generate(stages, *grid), 8)
@@ -371,7 +371,7 @@ def evaluate(G, encoder, test_set, args):
     t = common.embed_captions(encoder, test_set)
     captions = common.evaluation_captions(test_set, args.fid_samples)
     images = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
-    groups = (generate(G, sample_noise(8, i), t[[i] * 8]) for i in captions[0][:50].tolist())
+    groups = (generate(G, sample_noise(8, k), t[[k] * 8]) for k in captions[0][:50].tolist())
     return common.evaluate(
         images, captions, groups, test_set, args.device, args.r_precision_encoder)
 
