@@ -80,27 +80,31 @@ def test_steps_minimise_the_losses(stage, size, shape):
     loss = 2 * divergence - sum(F.logsigmoid(s).mean() for s in scores)
     check_step(lambda: stackgan.g_step(D, opt_g, fake, t, kl) + 2 * kl.detach(), loss, G, D)
 
-@pytest.mark.parametrize("script, build, beta, fake, kl", [
-    ("dfgan", "2, 64", (0.0, 0.9), "G(z, t)", ""), ("gan_cls", "4, 2", (0.5, 0.999), "G(z, t)", ""),
-    ("stackgan", "1, 4, 2", (0.5, 0.999), "G(z, eps, t)[0]", ", 0")])
-def test_script_alone(script, build, beta, fake, kl, tmp_path):
+def test_scripts_alone(tmp_path):
     """Both steps and update_ema need torch only. The command line prints a line."""
-    shutil.copy(ROOT / f"{script}.py", tmp_path)
-    done = run("-c", f"""
+    for script in ("gan_cls", "stackgan", "dfgan"):
+        shutil.copy(ROOT / f"{script}.py", tmp_path)
+    done = run("-c", """
 import copy, runpy, sys
 sys.modules.update(dict.fromkeys(["torchvision", "PIL", "common", "data"]))    # cannot be imported
-import torch, {script} as m
-G, D, opt_g, opt_d = m.build({build})
-z, eps, t = (torch.randn(4, n) for n in (m.NZ, 128, m.TEXT))
-fake, real = {fake}, torch.randn(4, 3, 64, 64)
-ema, old = copy.deepcopy(G), copy.deepcopy(G.state_dict())
-assert (m.d_step(D, opt_d, real, fake, t, t) + m.g_step(D, opt_g, fake, t{kl})).isfinite().all()
-assert opt_g.defaults["betas"] == opt_d.defaults["betas"] == {beta}
-m.update_ema(ema, G, 0.7)
-for name, x in ema.state_dict().items():    # of integers: the counters of batch norm
-    y = 0.7 * old[name] + 0.3 * G.state_dict()[name] if x.is_floating_point() else old[name]
-    torch.testing.assert_close(x, y)
-runpy.run_module("{script}", run_name="__main__")
+import torch, dfgan, gan_cls, stackgan
+for m, sizes, betas in ((dfgan, (2, 64), (0.0, 0.9)), (gan_cls, (4, 2), (0.5, 0.999)),
+                        (stackgan, (1, 4, 2), (0.5, 0.999))):
+    G, D, opt_g, opt_d = m.build(*sizes)
+    z, eps, t = (torch.randn(4, n) for n in (m.NZ, 128, m.TEXT))
+    fake, kl = (G(z, eps, t)[0], [0]) if m is stackgan else (G(z, t), [])
+    real, ema, old = torch.randn(4, 3, 64, 64), copy.deepcopy(G), copy.deepcopy(G.state_dict())
+    stats = m.d_step(D, opt_d, real, fake, t, t), m.g_step(D, opt_g, fake, t, *kl)
+    assert all(x.isfinite().all() for x in stats)
+    assert opt_g.defaults["betas"] == opt_d.defaults["betas"] == betas
+    m.update_ema(ema, G, 0.7)
+    for name, x in ema.state_dict().items():    # of integers: the counters of batch norm
+        y = 0.7 * old[name] + 0.3 * G.state_dict()[name] if x.is_floating_point() else old[name]
+        torch.testing.assert_close(x, y)
+    try:
+        runpy.run_module(m.__name__, run_name="__main__")
+    except SystemExit as error:
+        print(error)
 """, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (
-        1, "", "training and sampling need common.py and data.py\n")
+    line = "training and sampling need common.py and data.py\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, 3 * line, "")
