@@ -26,8 +26,9 @@ COLOURS = {"pink flower": lambda r, g, b: r > g + 15 and b > g,
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 # Runs a script after lines of a test that replace something
 DRIVER = """
-import os, runpy, sys, torch, torch.distributed as dist
+import os, runpy, signal, sys, torch, torch.distributed as dist
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
+signal.signal(2, signal.default_int_handler)    # ignored in the background of a shell script
 import common, data
 {}
 del sys.argv[0]
