@@ -146,14 +146,15 @@ def coco(folder, split):
 
 def image_folder(folder, split):
     """A folder. Every tenth image is a test image; below 20, all are training and test images."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; other values of --data: toy, flowers, cub, coco")
     records = [Record(path, read_captions(path.with_suffix(".txt")), str(path.parent))
                for path in sorted(folder.rglob("*")) if path.suffix.lower() in
                (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif")]
     captioned = [r for r in records if r.captions]
     found = f"{folder}: {len(captioned)} of {len(records)} images have captions"
     if len(captioned) < 2:
-        raise UserError(f"{found}; a folder needs 2 or more, photo.jpg beside photo.txt; other "
-                        "values of --data: toy, flowers, cub, coco")
+        raise UserError(f"{found}; a folder needs 2 or more, photo.jpg beside photo.txt")
     if len(captioned) < len(records):
         print(found)
     if len(captioned) < 20:

@@ -130,7 +130,8 @@ class Convolution(torch.autograd.Function):
             grad_x = F.conv_transpose2d(grad, weight, None, *ctx.geometry)
         if need_weight:
             grad_weight = nn.grad.conv2d_weight(x, weight.shape, grad, *ctx.geometry)
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if need_bias else None, None, None
+        grad_bias = grad.sum((0, 2, 3)) if need_bias else None
+        return grad_x, grad_weight, grad_bias, None, None
 
 class DConv2d(nn.Conv2d):
     """nn.Conv2d of D, computed by Convolution."""
