@@ -10,7 +10,6 @@ import contextlib
 import csv
 import datetime
 import hashlib
-import math
 import os
 import pickle
 import re
@@ -22,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 import data
 from data import Progress, UserError
@@ -36,44 +34,18 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 def init_distributed(device):
-    """Join the processes of torchrun, if any. Return the device of this process."""
+    """Join the processes of torchrun, if any. Return the device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if "LOCAL_RANK" in os.environ:
+        backend = "gloo"
         if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo",
-                                timeout=datetime.timedelta(days=1))    # others wait for rank 0
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))    # rank 0 prepares
         if rank() > 0:
             sys.stdout, Progress.enabled = open(os.devnull, "w"), False
     return device
-
-@contextlib.contextmanager
-def main_process_first():
-    """Run the block on rank 0, then on the others, which find its files."""
-    if rank() > 0:
-        dist.all_reduce(torch.zeros(1))
-    yield
-    if rank() == 0 and world_size() > 1:
-        dist.all_reduce(torch.zeros(1))
-
-def average_gradients(net, optimizer):
-    """Average gradients over the processes before each step.
-
-    Not DDP: D runs several times a step, and torch.func.grad bypasses its forward. Batch norm sees
-    the joint batch on GPUs only."""
-    def all_reduce(*_):
-        grads = [p.grad for p in net.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads]) / world_size()
-        dist.all_reduce(flat)
-        means = flat.split([g.numel() for g in grads])
-        torch._foreach_copy_(grads, [mean.view_as(g) for mean, g in zip(means, grads)])
-
-    if world_size() > 1:
-        optimizer.register_step_pre_hook(all_reduce)
-        if next(net.parameters()).is_cuda:
-            nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 def reduce_mean(x):
     """Return the mean of a tensor over the processes."""
@@ -82,20 +54,45 @@ def reduce_mean(x):
         dist.all_reduce(x)
     return x
 
+@contextlib.contextmanager
+def main_process_first():
+    """Run the block on rank 0, then on the others, which find its files."""
+    if rank() > 0:
+        reduce_mean(torch.zeros(1))    # waits for rank 0
+    yield
+    if rank() == 0:
+        reduce_mean(torch.zeros(1))
+
+def average_gradients(net, optimizer):
+    """Average gradients over the processes before each step.
+
+    Not DDP: D runs several times a step, and torch.func.grad bypasses its forward. Batch norm sees
+    the joint batch on GPUs only."""
+    def all_reduce(*_):
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        means = reduce_mean(torch.cat([g.flatten() for g in grads]))
+        means = means.split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [mean.view_as(g) for mean, g in zip(means, grads)])
+
+    if world_size() > 1:
+        optimizer.register_step_pre_hook(all_reduce)
+        if next(net.parameters()).is_cuda:
+            nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
 # ---- Runs
 
 def run(main):
-    """Return the exit status of a command line, 2 after an error that the user can correct."""
+    """Run main() and return its exit status, 2 after a user error."""
     try:
         return main()
     except (UserError, OSError) as error:    # OSError: no network, a full disk
-        print(f"error: {error}", file=sys.__stderr__)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 class GracefulStop:
-    """Catch Ctrl-C and SIGTERM; requested() is then true in all processes."""
+    """Catch Ctrl-C and SIGTERM: requested() is then true in all processes."""
     def __init__(self):
         self.signal = 0
         self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -111,11 +108,7 @@ class GracefulStop:
         print("\nsaving; run the same command to resume", file=sys.stderr)
 
     def requested(self):
-        if world_size() > 1:
-            number = torch.tensor(self.signal)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.signal = int(number)
-        return self.signal > 0
+        return reduce_mean(torch.tensor(self.signal)).item() > 0
 
 def save_checkpoint(path, state):
     """Write a dict atomically on rank 0; networks and optimizers as state dicts."""
@@ -125,20 +118,20 @@ def save_checkpoint(path, state):
             torch.save(state, part)
 
 def load_checkpoint(path, kind):
-    """Return a checkpoint of this kind. weights_only: no code runs."""
+    """Return a checkpoint of this kind."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)    # runs no code
         assert state["kind"] == kind, state["kind"]
     except Exception as error:
-        raise UserError(f"{path} is no {kind} checkpoint ({str(error)[:99]})") from None
+        raise UserError(f"{path} is no {kind} checkpoint ({str(error)[:99]})")
     return state
 
 def save_grid(path, images, columns):
-    """Write images (N, 3, S, S) in [-1, 1] as a PNG with rows of `columns` images."""
+    """Write images (N, 3, S, S) in [-1, 1] as a PNG, `columns` in a row."""
     from torchvision.utils import save_image
     if rank() == 0:
-        with data.atomic_write(path) as part:
-            save_image(images, part, "png", nrow=columns, normalize=True, value_range=(-1, 1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(images / 2 + 0.5, path, nrow=columns)
 
 def save_log(path, history):
     """Write a list of dicts as CSV."""
@@ -152,46 +145,40 @@ def slug(captions):
     """Return a file name for captions."""
     return re.sub("[^a-z0-9]+", "-", " ".join(captions).lower())[:80].strip("-")
 
-def add_common_args(parser):
-    """Add the flags that all scripts share."""
+def parse_args(parser, presets, fixed, argv=None):
+    """Add the shared flags. Return all flags, and the checkpoint of their run or None.
+
+    Defaults: the checkpoint's (names in `fixed`), else presets[data], else the parser's."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.usage = "python %(prog)s.py [flags]; --help lists them"
+    parser.usage = "python %(prog)s.py [--help] [flags]"
     add = parser.add_argument
     add("--data", default="toy", help="toy, flowers, cub, coco or a folder")
     add("--root", default="datasets", help="of flowers, cub and coco; caches: datasets/cache")
     add("--out-dir", help="default: runs/<script>-<data>")
     add("--device", default="auto")
-    add("--seed", type=int, default=0, help="of a new run, or of samples")
-    add("--ema", type=float, default=0.999, help="decay of the moving average of G (no paper)")
+    add("--seed", type=int, default=0, help="of a new run or of samples")
+    add("--ema", type=float, default=0.999, help="decay of the average of G (no paper)")
     add("--bf16", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     add("--text-encoder", metavar="FILE", help="default: released, or trained here")
-    add("--encoder-iterations", type=int, help="of training it")
-    add("--image-features", choices=["inception", "small"], help="for training it")
-    add("--eval-every", type=int, default=0, metavar="EPOCHS", help="log metrics")
-    add("--samples-per-caption", type=int, default=8, metavar="N", help="images a row")
-    add("--num-images", type=int, default=0, help="with --sample: files a caption, no grid")
-    add("--fid-samples", type=int, default=30000, metavar="N")
+    add("--eval-every", type=int, metavar="EPOCHS", help="log metrics")
+    add("--samples-per-caption", type=int, default=8, help="images a row")
+    add("--num-images", type=int, help="files a caption, no grid")
+    add("--fid-samples", type=int, default=30000)
     add("--r-precision-encoder", metavar="FILE", help="default: runs/damsm-<data>/encoder.pt")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--sample", nargs="+", metavar="CAPTION", help="draw a row of images a caption")
+    add("--sample", nargs="+", metavar="CAPTION", help="draw images of captions")
     add("--interpolate", nargs=2, metavar=("A", "B"), help="draw from caption A to B")
     add("--interpolate-noise", nargs="+", metavar="CAPTION", help="draw from noise to noise")
     add("--evaluate", action="store_true", help="print FID and other metrics")
 
-def parse_args(parser, presets, fixed, argv=None):
-    """Return the flags, and the checkpoint of their run or None.
-
-    Defaults come from the checkpoint (names in `fixed`), else presets[data], else the parser."""
-    add_common_args(parser)
     args, script = parser.parse_args(argv), parser.prog
     if "cuda" in args.device and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: CUDA is not available")
+        parser.error("CUDA is not available")
     device = init_distributed(args.device)
-    cuda = "cuda" in device
     captions = args.sample or args.interpolate or args.interpolate_noise
     training = not (captions or args.evaluate)
-    if (args.num_images or getattr(args, "style_image", None)) and not args.sample:
-        parser.error("--num-images and --style-image need --sample")
+    if getattr(args, "style_image", None) and not args.sample:
+        parser.error("--style-image needs --sample")
     out_dir = Path(args.out_dir or f"runs/{script}-{Path(args.data).resolve().name}")
     path, checkpoint, saved = out_dir / "last.pt", None, {}
     new = training or getattr(args, "init", None)
@@ -201,20 +188,19 @@ def parse_args(parser, presets, fixed, argv=None):
     if path.exists():
         checkpoint = load_checkpoint(path, script)
         saved = {n: checkpoint["args"][n] for n in fixed if training or n != "seed"}
-        print(f"{path}: trained on {saved['data']}, {checkpoint['step']} steps")
+        print(f"{path}: {checkpoint['step']} steps on {saved['data']}")
     elif not new:
-        parser.error(f"{path} does not exist; train first, without --sample or --evaluate")
-    parser.set_defaults(bf16=cuda and torch.cuda.is_bf16_supported(False),
+        parser.error(f"{path} does not exist; train first")
+    parser.set_defaults(bf16="cuda" in device and torch.cuda.is_bf16_supported(False),
                         **presets.get(saved.get("data", args.data), {}) | saved)
     args = parser.parse_args(argv)
     args.data, args.device = data.dataset_id(args.data), device
     args.out_dir, args.captions = out_dir, captions
     for n, value in saved.items():
         if (given := getattr(args, n)) != value:
-            flag = f"--{n.replace('_', '-')} {given}"
-            parser.error(f"{flag} contradicts {path}, which has {value}; omit it or set --out-dir")
+            parser.error(f"{n} {given} contradicts {path} ({value}); omit it or set --out-dir")
     if args.batch_size % world_size():
-        parser.error(f"--batch-size {args.batch_size} must be a multiple of {world_size()}")
+        parser.error(f"--batch-size must be a multiple of the {world_size()} processes")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True    # shapes are constant
     return args, checkpoint
@@ -230,31 +216,30 @@ class TextEncoder(nn.Module):
 
     def set_extra_state(self, config):
         self.config = config
-        if "vocabulary" in config:
-            self.numbers = {word: i for i, word in enumerate(config["vocabulary"])}
 
     @torch.no_grad()
     def encode(self, captions):
         """Return the embeddings of captions, (N, dim)."""
         device, rows = next(self.eval().parameters()).device, []
-        bar = Progress(len(captions), "embedding captions", "captions")
+        bar = Progress(len(captions), "embedding", "captions")
         for i in range(0, len(captions), 256):
             rows.append(self.embed(self.tokenize(captions[i:i + 256]).to(device)))
             bar.update(len(rows[-1]))
         return torch.cat(rows)
 
     def encode_prompts(self, captions):
-        """Return the embeddings of captions that a user typed.
+        """Return the embeddings of typed captions, (N, dim).
 
-        Short ones are repeated up to the shortest training length: CharCNNRNN saw few blanks."""
+        Short ones are repeated up to the usual training length: CharCNNRNN saw few blanks."""
         captions = [captions] if isinstance(captions, str) else captions
         for caption in captions:
             parts = self.split(caption)
             unknown = [part for part in parts if part not in self.numbers]
+            message = f"unknown to the text encoder: {' '.join(unknown)}"
+            if unknown == parts:
+                raise UserError(message)
             if unknown:
-                print(f"warning: unknown to the text encoder: {' '.join(unknown)}")
-            if len(unknown) == len(parts):
-                raise UserError(f"unknown to the text encoder: {caption[:99]!r}")
+                print("warning:", message)
         n = self.config.get("min_prompt_length", 0) + 1
         return self.encode([" ".join([c] * max(1, n // (len(c) + 1))) for c in captions])
 
@@ -284,10 +269,10 @@ class CharCNNRNN(TextEncoder):
         return torch.tensor([[self.numbers.get(c, 0) for c in row] for row in rows])
 
     def embed(self, tokens):
-        x = F.one_hot(tokens, 71)[:, :, 1:].float().transpose(1, 2)    # (B, 70, 201)
-        x = F.max_pool1d(F.threshold(self.conv1(x), 1e-6, 0), 3)       # (B, 384, 66)
-        x = F.max_pool1d(F.threshold(self.conv2(x), 1e-6, 0), 3)       # (B, 512, 21)
-        x = F.threshold(self.conv3(x), 1e-6, 0).transpose(1, 2)        # (B, 18, 512)
+        x = F.one_hot(tokens, 71)[:, :, 1:].float().mT    # (B, 70, 201)
+        x = F.max_pool1d(F.threshold(self.conv1(x), 1e-6, 0), 3)    # (B, 384, 66)
+        x = F.max_pool1d(F.threshold(self.conv2(x), 1e-6, 0), 3)    # (B, 512, 21)
+        x = F.threshold(self.conv3(x), 1e-6, 0).mT    # (B, 18, 512)
         rnn = self.rnn
         new, update, reset = rnn.i2h(x), rnn.i2h_update(x), rnn.i2h_reset(x)
         h = total = new[:, 0].tanh()
@@ -301,13 +286,13 @@ class CharCNNRNN(TextEncoder):
 
 class DAMSMTextEncoder(TextEncoder):
     """Words -> features (B, 256, T) and sentence (B, 256), the last states of a bi-LSTM.
-
-    vocabulary: number 0 is padding."""
+    vocabulary[0] is padding."""
     dim = 256
 
     def __init__(self, vocabulary):
         super().__init__()
-        self.set_extra_state({"vocabulary": vocabulary})
+        self.config = {"vocabulary": vocabulary}
+        self.numbers = {word: i for i, word in enumerate(vocabulary)}
         self.encoder = nn.Embedding(len(vocabulary), 300)
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         self.drop = nn.Dropout(0.5)
@@ -326,17 +311,17 @@ class DAMSMTextEncoder(TextEncoder):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def forward(self, tokens):
-        lengths = (tokens != 0).sum(1).clamp(min=1).cpu()
+        lengths = tokens.count_nonzero(1).clamp(min=1).cpu()
         x = nn.utils.rnn.pack_padded_sequence(self.drop(self.encoder(tokens)), lengths, True, False)
         words, (h, _) = self.rnn(x)
         words, _ = nn.utils.rnn.pad_packed_sequence(words, True)
-        return words.transpose(1, 2), h.transpose(0, 1).flatten(1)
+        return words.mT, h.transpose(0, 1).flatten(1)
 
     def embed(self, tokens):
         return self(tokens)[1]
 
 def text_encoder_from_state_dict(state):
-    """Return a frozen text encoder. Its state dict holds its widths or its vocabulary."""
+    """Return a frozen text encoder."""
     if "conv1.weight" in state:
         encoder = CharCNNRNN([len(state[f"conv{i}.weight"]) for i in (1, 2, 3)])
     else:
@@ -348,40 +333,36 @@ def text_encoder_from_state_dict(state):
 
 GAMMA1, GAMMA2, GAMMA3 = 4, 5, 10    # of DAMSM
 
-def joint_embedding_loss(image, text, classes):
-    """Structured joint embedding of images and texts (B, 1024) (Reed et al. CVPR 2016, eq. 3-5):
-    max(0, 1 + wrong - right) over rows and columns of the inner products. Pairs of the same class
-    are not wrong."""
-    score = image @ text.T    # (B, B)
-    right = score.diag()
-    loss = F.relu(1 + score - right[:, None]) + F.relu(1 + score - right)
-    return loss.masked_fill(classes[:, None] == classes, 0).mean()
-
-def symmetric_cross_entropy(score, classes):
-    """Cross-entropy of the right pairs over the rows plus over the columns of score (B, B).
-
-    Other pairs of the same class are left out (AttnGAN's code)."""
-    score = score.masked_fill((classes[:, None] == classes).fill_diagonal_(False), -math.inf)
+def symmetric_loss(loss, score, classes):
+    """Return a loss over the rows plus over the columns of score (B, B), right pairs on the
+    diagonal. Other pairs of the same class are left out (AttnGAN's code)."""
+    score = score.masked_fill((classes[:, None] == classes).fill_diagonal_(False), -torch.inf)
     target = torch.arange(len(score), device=score.device)
-    return F.cross_entropy(score, target) + F.cross_entropy(score.T, target)
+    return loss(score, target) + loss(score.T, target)
+
+def joint_embedding_loss(image, text, classes):
+    """Return the mean of max(0, 1 + wrong - right) of inner products of images and texts (B, 1024)
+    (Reed et al., eq. 3-5)."""
+    return symmetric_loss(F.multi_margin_loss, image @ text.T, classes)
 
 def sentence_loss(image, sentence, classes):
     """DAMSM loss between images and sentences, (B, 256) each (AttnGAN, section 3.2)."""
-    return symmetric_cross_entropy(GAMMA3 * F.normalize(image) @ F.normalize(sentence).T, classes)
+    score = F.normalize(image) @ F.normalize(sentence).T
+    return symmetric_loss(F.cross_entropy, GAMMA3 * score, classes)
 
 def word_loss(regions, words, lengths, classes):
     """DAMSM loss between regions (B, 256, N) and words (B, 256, T), of which lengths (B,) count
     (AttnGAN, eq. 7-12): each word attends to the regions of every image."""
     padding = torch.arange(words.shape[2], device=words.device) >= lengths[:, None]    # (B, T)
     score = torch.einsum("idn,jdt->ijnt", regions, words)    # of image i and caption j
-    attention = score.masked_fill(padding[:, None], -math.inf).softmax(3)    # eq. 8
+    attention = score.masked_fill(padding[:, None], -torch.inf).softmax(3)    # eq. 8
     attention = (GAMMA1 * attention).softmax(2)    # eq. 9
     context = torch.einsum("ijnt,idn->ijtd", attention, regions)
     norms = context.norm(dim=3) * words.norm(dim=1)    # of padding 0
     cosine = (score * attention).sum(2) / norms.clamp(min=1e-6)    # context.word / norms, (B, B, T)
     # eq. 10; released code, as here: without the root of 1 / GAMMA2
-    match = (GAMMA2 * cosine).masked_fill(padding, -math.inf).logsumexp(2)
-    return symmetric_cross_entropy(GAMMA3 * match, classes)
+    match = (GAMMA2 * cosine).masked_fill(padding, -torch.inf).logsumexp(2)
+    return symmetric_loss(F.cross_entropy, GAMMA3 * match, classes)
 
 # ---- Image features
 
@@ -399,7 +380,6 @@ class FIDInception(nn.Module):
         net.load_state_dict(weights, strict=False)
         net.fc = nn.Identity()
         self.net = net.eval().to(memory_format=torch.channels_last)
-        self.requires_grad_(False)
         # torchvision's average pools count the padding; the FID's do not, and its last is a maximum
         for name, block in net.named_children():
             if hasattr(block, "branch_pool"):
@@ -408,18 +388,17 @@ class FIDInception(nn.Module):
                 block.branch_pool.register_forward_pre_hook(lambda _, x, pool=pool: pool(self.x))
 
     @torch.no_grad()
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def forward(self, x):
-        x = F.interpolate(x, (299, 299), mode="bilinear")
-        self.x = x.to(memory_format=torch.channels_last)    # the input of the next layer
+        self.x = F.interpolate(x, 299, mode="bilinear")    # the input of the next layer
         for name, layer in self.net.named_children():
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                self.x = layer(self.x)
+            self.x = layer(self.x)
             if name == "Mixed_6e":
                 regions = F.adaptive_avg_pool2d(self.x, 6).flatten(2)
         return self.x.flatten(1), regions
 
 def inception_features(dataset, device):
-    """Return pooled features and regions of images at 299 px, (N, 2048 + 768 * 36) in float16."""
+    """Return pooled features and regions at 299 px, (N, 2048 + 768 * 36) in float16."""
     net, rows = FIDInception().to(device), []
     for images in data.load_images(dataset.records, 299, "Inception features"):
         pooled, regions = net(torch.from_numpy(images).to(device).float() / 127.5 - 1)
@@ -427,9 +406,8 @@ def inception_features(dataset, device):
     return torch.cat(rows)
 
 class ImageEncoder(nn.Module):
-    """Rows x of inception_features -> global (B, dim), local (B, 256, N), to match with text.
-
-    small: x are images (B, 3, 64, 64), and a small CNN is trained along."""
+    """Rows of inception_features -> global (B, dim), local (B, 256, N) features.
+    small: images (B, 3, 64, 64), through a CNN that is trained too."""
     def __init__(self, dim, small):
         super().__init__()
         layers, width = [], 128 if small else 2048
@@ -453,9 +431,9 @@ class ImageEncoder(nn.Module):
 
 @torch.no_grad()
 def fold_batch_norm(encoder, norm, captions):
-    """Fold the norm into the last layer and scale embeddings to an RMS length of 1. At an RMS
-    length of 32 the text swamps z, and G draws one image per caption."""
-    encoder.emb_proj = layer = fuse_linear_bn_eval(encoder.emb_proj, norm)
+    """Fold the norm into the last layer and scale embeddings to an RMS length of 1. At 32 the text
+    swamps z: G draws one image per caption."""
+    encoder.emb_proj = layer = nn.utils.fuse_linear_bn_eval(encoder.emb_proj, norm)
     rms = encoder.encode(captions[::len(captions) // 1000 + 1]).square().sum(1).mean().sqrt()
     layer.weight /= rms
     layer.bias /= rms
@@ -467,9 +445,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     small = features == "small"
     train_set = data.load_dataset(name, "train", 64, root)
     iterations = iterations or (1000 if toy else min(max(len(train_set), 300), 3000))
-    minutes = (iterations * (0.1 if toy else 0.4) + len(train_set) * 0.1 * (not small)) / 60
-    print(f"training {kind} on {len(train_set)} images, {iterations} iterations, {minutes:.0f} min "
-          "on a CPU (--encoder-iterations, --image-features)", flush=True)
+    print(f"common.py trains {path}: {iterations} iterations, {features} image features")
     torch.manual_seed(0)
     if char:    # released code: RMSprop 7e-4, no norms; this learns faster
         lr, decay, betas, batch_size = 1e-3 if toy else 3e-4, 0.02, (0.9, 0.999), 40
@@ -501,9 +477,9 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
             loss = joint_embedding_loss(image, norm(encoder.embed(tokens)), classes)
         else:
             words, sentence = encoder(tokens)
-            lengths = (tokens != 0).sum(1).clamp(min=1)
-            loss = (word_loss(regions, words, lengths, classes)
-                    + sentence_loss(image, sentence, classes))
+            lengths = tokens.count_nonzero(1).clamp(min=1)
+            loss = sentence_loss(image, sentence, classes)
+            loss = loss + word_loss(regions, words, lengths, classes)
         optimizer.zero_grad()
         loss.backward()
         if not char:
@@ -511,7 +487,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
         optimizer.step()
         bar.note = f"loss {loss.item():.3f}"
         bar.update()
-    nets.eval().requires_grad_(False)
+    nets.eval()
     if char:
         fold_batch_norm(encoder, norm, train_set.captions)
     save_checkpoint(path, {
@@ -520,87 +496,82 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
 
 # ---- Choice of the text encoder
 
-ATTNGAN = "https://raw.githubusercontent.com/taoxugit/AttnGAN/master/eval/data/"
-ATTNGAN_COCO = "https://huggingface.co/mediasynthesismuseum/attngan-coco/resolve/main/"
-PRETRAINED = {    # released vocabularies and DAMSM encoders: url, start of its sha256 if known
-    "cub": {ATTNGAN + "captions.pickle": "84e9f81218102873",
-            ATTNGAN + "text_encoder200.pth": "d7278a9b4801633e"},
-    "coco": {ATTNGAN_COCO + "captions.pickle": None,
-             ATTNGAN_COCO + "text_encoder100.pth": "24cf394756359d5c"}}
+PRETRAINED = {    # released DAMSM encoders; the start of a file's sha256, if known
+    "cub": ("https://raw.githubusercontent.com/taoxugit/AttnGAN/master/eval/data/",
+            {"captions.pickle": "84e9f81218102873", "text_encoder200.pth": "d7278a9b4801633e"}),
+    "coco": ("https://huggingface.co/mediasynthesismuseum/attngan-coco/resolve/main/",
+             {"captions.pickle": None, "text_encoder100.pth": "24cf394756359d5c"})}
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Loads plain containers: released vocabularies are pickles, which could execute code."""
+    """Loads plain containers only: other pickles can run code."""
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        raise pickle.UnpicklingError(f"{name} is not allowed")
 
 def load_text_encoder(path):
-    """Load the text encoder of an encoder.pt, of a checkpoint, or a released one; a released DAMSM
-    needs its captions.pickle beside it."""
+    """Return the text encoder of a checkpoint or released file (DAMSM: beside captions.pickle)."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("text_encoder", state)
-        if "_extra_state" not in state:
-            state["_extra_state"] = config = {}
-            if "encoder.weight" in state:
-                with open(Path(path).with_name("captions.pickle"), "rb") as file:
-                    words = RestrictedUnpickler(file, encoding="latin1").load()[2]
-                config["vocabulary"] = [words[i] for i in range(len(words))]
+        config = state.setdefault("_extra_state", {})
+        if "encoder.weight" in state and not config:
+            with open(Path(path).with_name("captions.pickle"), "rb") as file:
+                words = RestrictedUnpickler(file, encoding="latin1").load()[2]
+            config["vocabulary"] = [words[i] for i in range(len(words))]
         return text_encoder_from_state_dict(state)
     except Exception as error:
-        raise UserError(f"cannot load the text encoder {path} ({str(error)[:99]})") from None
+        raise UserError(f"cannot load the text encoder {path} ({str(error)[:99]})")
 
 def encoder_path(kind, name):
-    return Path("runs") / f"{kind}-{Path(name).name}" / "encoder.pt"
+    return Path(f"runs/{kind}-{Path(name).name}/encoder.pt")
 
-def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None, iterations=None,
-                     features=None):
-    """Return the frozen text encoder of a run: the checkpoint's, else that of the file `path`, else
-    a released DAMSM (cub, coco), else one trained here."""
+def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None):
+    """Return the frozen text encoder of the checkpoint, else of the file `path`, else a released
+    DAMSM (cub, coco), else one trained here."""
     if checkpoint:
         return text_encoder_from_state_dict(checkpoint["text_encoder"]).to(device)
-    if not path and kind == "damsm":
-        for url, sha256 in PRETRAINED.get(dataset.name, {}).items():    # the last is the encoder
-            path = Path(root, dataset.name, "damsm", Path(url).name)
+    name = dataset.name
+    if not path and kind == "damsm" and name in PRETRAINED:
+        url, files = PRETRAINED[name]
+        for file, sha256 in files.items():
+            path = Path(root, name, kind, file)    # the last is the encoder
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                torch.hub.download_url_to_file(url, str(path), sha256)
+                torch.hub.download_url_to_file(url + file, path, sha256)
     if not path:
-        path = encoder_path(kind, dataset.name)
-        found = load_checkpoint(path, "text encoder") if path.exists() else {}
-        wanted = {"data": dataset.name, "iterations": iterations, "features": features}
-        if any(value not in (None, found.get(key)) for key, value in wanted.items()):
-            train_text_encoder(kind, dataset.name, root, device, path, iterations, features)
+        path = encoder_path(kind, name)
+        if not (path.exists() and load_checkpoint(path, "text encoder")["data"] == name):
+            train_text_encoder(kind, name, root, device, path)
     encoder = load_text_encoder(path)
     if encoder.dim != (256 if kind == "damsm" else 1024):
         raise UserError(f"{path} is no {kind} encoder")
     return encoder.to(device)
 
 def embed_captions(encoder, dataset):
-    """Return the embeddings of the captions of a dataset, (M, dim), cached on disk."""
-    weights = torch.cat([p.flatten() for p in encoder.parameters()]).cpu().numpy()
-    key = hashlib.sha256(repr(dataset.captions).encode() + weights.tobytes())
+    """Return the embeddings of all captions, (M, dim), cached on disk."""
+    weights = nn.utils.parameters_to_vector(encoder.parameters())
+    key = hashlib.sha256(repr(dataset.captions).encode() + weights.cpu().numpy().tobytes())
     path = Path(f"{dataset.cache}-{key.hexdigest()[:16]}.pt")
     if path.exists():
-        x = load_checkpoint(path, "embeddings")["x"].to(next(encoder.parameters()).device)
+        x = load_checkpoint(path, "embeddings")["x"].to(weights.device)
     else:
         x = encoder.encode(dataset.captions)
         save_checkpoint(path, {"kind": "embeddings", "x": x})
     rms = x.square().sum(1).mean().sqrt()
-    print(f"RMS length of the embeddings of captions: {rms:.2f}")
+    print(f"RMS length of the embeddings: {rms:.2f}")
     if encoder.dim == 1024 and rms > 2:
-        print("warning: encoders trained here have 1; at a larger length G sees less of the noise")
+        print("warning: encoders trained here have 1; G will see less of the noise")
     return x
 
 # ---- Evaluation
 
 def frechet_distance(x, y):
     """Return the FID of features (N, D) and (M, D), in float64 (Heusel et al. 2017, eq. 6):
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of their means and covariances."""
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), of means and covariances."""
     x, y = x.double(), y.double()
     cov1, cov2 = torch.cov(x.T), torch.cov(y.T)
     root = torch.linalg.eigvals(cov1 @ cov2).sqrt().real.sum()    # its trace
-    distance = (x.mean(0) - y.mean(0)).square().sum()
-    return (distance + cov1.trace() + cov2.trace() - 2 * root).item()
+    distance = (x.mean(0) - y.mean(0)).square().sum() + (cov1 + cov2).trace() - 2 * root
+    return distance.item()
 
 def r_precision(image, captions, text, classes):
     """Return how often an image (N, D) has a larger cosine with its caption (N,) than with 99 of
@@ -629,25 +600,24 @@ def evaluate(images, captions, groups, test_set, device, r_precision_encoder=Non
         print(metrics)
         return metrics
     net = FIDInception().to(device)
-    fake = torch.cat([net(((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1)[0] for x in images])
+    fake = torch.cat([net(((x + 1) * 127.5).round() / 127.5 - 1)[0] for x in images])
     real = torch.cat([net(test_set.center_crop(index).to(device))[0]
                       for index in torch.arange(len(test_set)).split(64)])
-    print(f"FID of {len(fake)} images against {len(real)} real test images of {test_set.size} px"
-          + ("; too few to mean much" if min(len(fake), len(real)) < 500 else ""))
+    print(f"FID: {len(fake)} images, {len(real)} real test images of {test_set.size} px")
     metrics = {"fid": frechet_distance(real, fake),
                "diversity": torch.stack([F.pdist(net(x)[0]) for x in groups]).mean().item()}
     path = Path(r_precision_encoder or encoder_path("damsm", test_set.name))
     state = load_checkpoint(path, "text encoder") if path.exists() else {}
-    if state.get("features") != "inception" or len(test_set.captions) < 200:
-        print(f"no R-precision: it needs 200 test captions and {path} with Inception features "
-              f"(python common.py --encoder damsm --data {test_set.name})")
+    if state.get("features") != "inception":
+        print(f"R-precision needs {path} with Inception features: "
+              f"python common.py --encoder damsm --data {test_set.name}")
     else:
         encoder = ImageEncoder(256, small=False).to(device).eval()
         encoder.load_state_dict(state["image_encoder"])
         text = embed_captions(load_text_encoder(path).to(device), test_set)
         classes = test_set.classes[test_set.caption_owners]
-        image, captions = encoder.embed(fake), torch.cat(captions)
-        metrics["r_precision"] = r_precision(image, captions, text, classes)
+        metrics["r_precision"] = r_precision(
+            encoder.embed(fake), torch.cat(captions), text, classes)
     print(metrics)
     return metrics
 
@@ -656,16 +626,14 @@ def main():
     add = parser.add_argument
     add("--encoder", choices=["char-cnn-rnn", "damsm"], default="char-cnn-rnn")
     add("--data", default="toy", help="toy, flowers, cub, coco or a folder")
-    add("--root", default="datasets", help="of flowers, cub and coco")
+    add("--root", default="datasets")
     add("--device", default="auto")
     add("--iterations", type=int, help="default: one per image, 300 to 3000; toy: 1000")
     add("--image-features", choices=["inception", "small"])
     args = parser.parse_args()
     name = data.dataset_id(args.data)
-    path = encoder_path(args.encoder, name)
-    train_text_encoder(args.encoder, name, args.root, init_distributed(args.device), path,
-                       args.iterations, args.image_features)
-    print(path)
+    train_text_encoder(args.encoder, name, args.root, init_distributed(args.device),
+                       encoder_path(args.encoder, name), args.iterations, args.image_features)
 
 if __name__ == "__main__":
     sys.exit(run(main))

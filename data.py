@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +35,7 @@ class Record(NamedTuple):
     attributes: dict | None = None
 
 class Progress:
-    """Print progress and time left on stderr; without a terminal, every 30 seconds."""
+    """Print progress on stderr; without a terminal, every 30 seconds."""
     enabled = True
     def __init__(self, total, label, unit="images", done=0):
         self.total, self.label, self.unit, self.done, self.initial = total, label, unit, done, done
@@ -49,14 +48,13 @@ class Progress:
         if self.enabled and (end or now - self.shown > (0.2 if terminal else 30)):
             self.shown = now
             rate = (self.done - self.initial) / (now - self.start + 1e-9)
-            left = timedelta(seconds=(self.total - self.done) // rate)
-            print(f"\r{self.label} {self.done / self.total:4.0%}  {rate:.1f} {self.unit}/s  {left} "
-                  f"left  {self.note}  ", end="" if terminal and not end else "\n",
-                  file=sys.stderr, flush=True)
+            line = (f"\r{self.label} {self.done / self.total:4.0%}  {rate:.1f} {self.unit}/s  "
+                    f"{(self.total - self.done) / rate / 60:.0f} min left  {self.note}  ")
+            print(line, end="" if terminal and not end else "\n", file=sys.stderr, flush=True)
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a temporary path beside `path`: renamed to `path` on success, deleted on error."""
+    """Yield a temporary path: renamed to `path` on success, deleted on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f"{path}.part{os.getpid()}")
     try:
@@ -68,7 +66,7 @@ def atomic_write(path):
 # ---- Datasets
 
 def fetch(url, folder, name, md5=None):
-    """Return folder/name; if it is missing, download and extract the archive `url`."""
+    """Return folder/name, from the archive `url` if it is missing."""
     from torchvision.datasets.utils import download_url
     archive, target = folder / Path(url.split("?")[0]).name, folder / name
     if target.exists():
@@ -76,17 +74,17 @@ def fetch(url, folder, name, md5=None):
     try:
         download_url(url, folder, archive.name, md5)    # skips an archive with this md5
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            # "data" refuses paths that lead outside; shutil skips those of a zip file
+            # "data" refuses paths that lead outside; shutil skips those of a zip
             options = {} if archive.suffix == ".zip" else {"filter": "data"}
             shutil.unpack_archive(archive, temporary, **options)
             min(Path(temporary).rglob(name), key=lambda path: len(path.parts)).rename(target)
-    except Exception as error:    # many libraries, many types
+    except Exception as error:    # of many types
         raise UserError(f"cannot get {name} from {url} ({error}); fetch {archive} by hand, or "
-                        "delete it if it is damaged") from None
+                        "delete it if damaged") from None
     return target
 
 def read_captions(path):
-    """Return the lines of a text file; [] if the file does not exist."""
+    """Return the lines of a text file, if it exists."""
     text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
@@ -99,10 +97,9 @@ def flowers(folder, split):
     captions = fetch(archive.name, folder, "text_c10")    # no url: only extracts
     images = fetch("https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", folder,
                    "jpg", "52808999861908f626f3c1f4e79d11fa")
-    # class_00001 to class_00020 are the test classes
     return [Record(images / f"{path.stem}.jpg", read_captions(path), path.parent.name)
             for path in sorted(captions.glob("class_*/image_*.txt"))
-            if (path.parent.name <= "class_00020") == (split == "test")]
+            if (path.parent.name <= "class_00020") == (split == "test")]    # the test classes
 
 CUB_TEST = {    # the 50 test classes of Reed et al.
     1, 4, 6, 8, 9, 14, 23, 29, 31, 33, 34, 35, 36, 37, 38, 43, 49, 51, 53, 66, 72, 79, 83, 84, 86,
@@ -130,7 +127,7 @@ def cub(folder, split):
     return records
 
 def coco(folder, split):
-    """COCO 2014, first five captions of each image: 82,783 and 40,504 images."""
+    """COCO 2014, five captions an image: 82,783 and 40,504 images."""
     part, md5 = {"train": ("train2014", "0da8c0bd3d6becc4dcb32757491aca88"),
                  "test": ("val2014", "a3d79f5ed8d289b7a7554ce06a5782b3")}[split]
     url = "http://images.cocodataset.org/"    # https fails: its certificate is not valid
@@ -145,18 +142,17 @@ def coco(folder, split):
             for image in table["images"]]
 
 def image_folder(folder, split):
-    """A folder. Every tenth image is a test image; below 20, all are training and test images."""
+    """A folder. Every tenth image is a test image; below 20, all are in both sets."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; other values of --data: toy, flowers, cub, coco")
     records = [Record(path, read_captions(path.with_suffix(".txt")), str(path.parent))
-               for path in sorted(folder.rglob("*")) if path.suffix.lower() in
-               (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif")]
+               for path in sorted(folder.rglob("*"))
+               if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")]
     captioned = [r for r in records if r.captions]
     found = f"{folder}: {len(captioned)} of {len(records)} images have captions"
     if len(captioned) < 2:
         raise UserError(f"{found}; a folder needs 2 or more, photo.jpg beside photo.txt")
-    if len(captioned) < len(records):
-        print(found)
+    print(found)
     if len(captioned) < 20:
         return captioned
     return [r for i, r in enumerate(captioned) if (i % 10 == 9) == (split == "test")]
@@ -167,27 +163,25 @@ PETALS = dict(
     red=(205, 30, 45), pink=(245, 140, 185), orange=(245, 125, 25), yellow=(245, 215, 50),
     white=(242, 240, 235), purple=(125, 45, 165), blue=(50, 85, 215), turquoise=(45, 195, 190))
 CENTRES = dict(
-    yellow=(250, 205, 40), white=(250, 248, 240), brown=(95, 55, 25), green=(105, 160, 45))
+    yellow=(250, 205, 40), white=(250, 248, 240), brown=(95, 55, 25), green=(105, 160, 45),
+    red=(190, 35, 45), black=(35, 32, 36))
 BACKGROUNDS = dict(leaves=(30, 62, 34), soil=(112, 86, 66), sky=(175, 200, 222))
 PETAL_COUNTS = dict(three=3, four=4, six=6, nine=9)
-TEMPLATES = [    # one for each choice of attributes
-    "a {petal} flower before {background}",
-    "a flower with {count} petals",
-    "a flower with a {centre} centre",
+TEMPLATES = [    # single attributes more often, counts most: they are the hardest
+    *["a flower with {count} petals"] * 4,
+    *["a {petal} flower", "a flower with a {centre} centre"] * 2,
     "a flower with {count} {petal} petals",
     "a {petal} flower with a {centre} centre",
     "{count} petals around a {centre} centre",
-    "{count} {petal} petals around a {centre} centre, {background} behind"]
+    "{count} {petal} petals around a {centre} centre"]
 
 def toy(folder, split):
-    """Flowers, 40 of each combination; of each petal colour, one centre is in the test set only."""
+    """Flowers, 27 of each combination; of each petal colour, one centre is in the test set only."""
     records, rng = [], np.random.default_rng([0, split == "test"])
     for (i, petal), (j, centre), count, _ in itertools.product(
-            enumerate(PETALS), enumerate(CENTRES), PETAL_COUNTS, range(40)):
-        if petal != centre and ((i + j) % 4 == 0) == (split == "test"):
-            attributes = dict(
-                petal=petal, centre=centre, count=count, background=str(rng.choice([*BACKGROUNDS])),
-                seed=int(rng.integers(2**31)))
+            enumerate(PETALS), enumerate(CENTRES), PETAL_COUNTS, range(27)):
+        if petal != centre and ((i + j) % 6 == 0) == (split == "test"):
+            attributes = dict(petal=petal, centre=centre, count=count, seed=len(records))
             captions = [t.format(**attributes) for t in rng.choice(TEMPLATES, 4, replace=False)]
             records.append(Record(None, captions, petal + centre + count, None, attributes))
     return records
@@ -195,18 +189,19 @@ def toy(folder, split):
 def render_flower(attributes, side):
     """Return one toy flower, (side, side, 3) uint8."""
     rng = np.random.default_rng(attributes["seed"])
-    y, x = np.mgrid[0:side, 0:side] / side - 0.5 + rng.uniform(-0.05, 0.05, (2, 1, 1))
-    r, angle = np.hypot(x, y), np.arctan2(y, x) + rng.uniform(-0.2, 0.2)
-    radius, tilt = rng.uniform(0.27, 0.45), rng.uniform(-40, 40, 2)
+    background = BACKGROUNDS[rng.choice([*BACKGROUNDS])]
+    y, x = np.mgrid[0:side, 0:side] / side - 0.5 + rng.uniform(-0.03, 0.03, (2, 1, 1))
+    r, angle = np.hypot(x, y), np.arctan2(y, x) + rng.uniform(-0.15, 0.15)
+    radius = rng.uniform(0.36, 0.46)
     # 1 along the middle of a petal, 0 between two petals
     lobe = np.abs(np.cos(PETAL_COUNTS[attributes["count"]] * angle / 2)) ** 0.8
-    image = np.array(BACKGROUNDS[attributes["background"]]) + (tilt[0] * x + tilt[1] * y)[..., None]
+    image = np.tile(np.array(background, float), (side, side, 1))
     for colour, inside, light in (
             (PETALS[attributes["petal"]], radius * (0.25 + 0.75 * lobe) - r, 0.8 + 0.24 * lobe),
             (CENTRES[attributes["centre"]], 0.3 * radius - r, 1.05 - 0.3 * r / radius)):
         mask = np.clip(inside * side + 0.5, 0, 1)[..., None]    # edges are soft over one pixel
         image += mask * (np.array(colour) * light[..., None] + rng.normal(0, 7, 3) - image)
-    return np.clip(image + rng.normal(0, 2, image.shape), 0, 255).astype(np.uint8)
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 def classify_toy(images):
     """Return petal colour, centre colour and petal count of images (B, 3, S, S) in [-1, 1].
@@ -221,7 +216,7 @@ def classify_toy(images):
         return torch.cdist(pixels, torch.tensor([*colours.values()]).float()).argmin(-1)
 
     colour = nearest(pixels, PETALS | BACKGROUNDS)    # (B, S, S)
-    petal = colour[:, (r > 0.13) & (r < 0.2)].mode(1)[0]
+    petal = colour[:, (r > 0.14) & (r < 0.25)].mode(1)[0]
     centre = nearest(pixels[:, r < 0.06], CENTRES).mode(1)[0]
     mask = (colour == petal[:, None, None]) & (r < 0.48)
     middle = (mask * position).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
@@ -231,21 +226,21 @@ def classify_toy(images):
             for p, c, k in zip(petal, centre, count.argmax(1))]
 
 def attribute_accuracy(images, captions, dataset):
-    """Return how often toy images, batches (B, 3, S, S), show the attributes that their captions,
-    batches of numbers, name."""
-    right = {"petal": [], "centre": [], "count": []}
+    """Return how often toy images, batches (B, 3, S, S), show what their captions, batches of
+    numbers, name."""
+    right = dict(petal=[], centre=[], count=[])
     for x, numbers in zip(images, captions):
         for shown, i in zip(classify_toy(x), numbers):
             attributes = dataset.records[dataset.caption_owners[i]].attributes
-            for name in right:
+            for name, hits in right.items():
                 if attributes[name] in dataset.captions[i]:
-                    right[name].append(shown[name] == attributes[name])
-    return {name: sum(values) / max(1, len(values)) for name, values in right.items()}
+                    hits.append(shown[name] == attributes[name])
+    return {name: sum(hits) / max(1, len(hits)) for name, hits in right.items()}
 
 # ---- Images
 
 def load_image(record, side):
-    """Return the central square of an image or its bounding box, (3, side, side) uint8."""
+    """Return the central square of an image or of its bounding box, (3, side, side) uint8."""
     if record.path is None:
         return render_flower(record.attributes, side).transpose(2, 0, 1)
     try:
@@ -321,7 +316,7 @@ def dataset_id(name):
     return name if name in DATASETS else str(Path(name).resolve())
 
 def load_dataset(name, split="train", size=64, root="datasets"):
-    """Return the "train" or "test" images of a dataset in root/name, or of a folder; size: S."""
+    """Return the "train" or "test" images of root/name, or of a folder; size: S."""
     folder = Path(root, dataset_id(name)).resolve()    # a folder's id is an absolute path
     records = DATASETS.get(name, image_folder)(folder, split)
     return CaptionDataset(name, split, size, records)
@@ -329,9 +324,9 @@ def load_dataset(name, split="train", size=64, root="datasets"):
 # ---- Batches
 
 def sample_other_class(by_class, counts, classes, k, rng):
-    """Return (B, k) items drawn uniformly from all classes but `classes` (B,).
+    """Return (B, k) items of other classes than `classes` (B,).
 
-    by_class: all items, sorted by class. counts: (C,), items of each class."""
+    by_class: all items, sorted by class. counts (C,): items of each class."""
     size = counts[classes, None]
     start = counts.cumsum(0)[classes, None] - size
     uniform = torch.rand(len(classes), k, generator=rng, dtype=torch.double)
@@ -341,16 +336,16 @@ def sample_other_class(by_class, counts, classes, k, rng):
 class Batches:
     """Random batches as a pure function of (seed, step): a resumed run sees the same ones.
 
-    An epoch is a permutation of the images, without the incomplete last batch. Each process gets
-    its part of a batch. Images that fit into a third of the GPU's memory stay there. rolled: wrong
-    captions are those of the batch rolled by one, not of other classes."""
+    An epoch is a permutation of the images, without an incomplete last batch. Each process gets
+    its part of a batch. rolled: wrong captions are the batch's, rolled by one, not of other
+    classes."""
     def __init__(self, dataset, batch_size, seed=0, device="cpu", captions_per_image=1, rank=0,
                  world_size=1, rolled=False):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.device, self.k = torch.device(device), captions_per_image
         self.rank, self.world_size, self.epoch = rank, world_size, None
         self.images, self.rolled = dataset.images, rolled
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":    # on the GPU, if they fit into a third of its memory
             if self.images.numel() < torch.cuda.mem_get_info(self.device)[1] / 3:
                 self.images = self.images.to(self.device)
         self.by_class = dataset.classes.argsort(stable=True), dataset.classes.bincount()
@@ -359,8 +354,8 @@ class Batches:
         return max(1, len(self.dataset) // self.batch_size)
 
     def __call__(self, step):
-        """Return images (B, 3, S, S) in [-1, 1] and two tensors of caption numbers (B, k): of these
-        images, and of images of other classes."""
+        """Return images (B, 3, S, S) in [-1, 1], and numbers (B, k) of their captions and of wrong
+        ones."""
         epoch, batch = divmod(step, len(self))
         rng, size = torch.Generator().manual_seed(self.seed * 2**20 + epoch), self.dataset.size
         if epoch != self.epoch:
@@ -376,9 +371,9 @@ class Batches:
         wrong = captions.roll(1, 0) if self.rolled else wrong
         rows = torch.cat((index[:, None], corner, flip, captions, wrong), 1)
         rows = rows.chunk(self.world_size)[self.rank]
-        on_device = self.to_device(rows)    # one copy: several small ones would block the host
+        on_device = self.to_device(rows)    # one copy: small ones block the host
         index, top, left, flip = (on_device if self.images.is_cuda else rows)[:, :4].T
-        windows = self.images.unfold(2, size, 1).unfold(3, size, 1)    # a view of all crops
+        windows = self.images.unfold(2, size, 1).unfold(3, size, 1)    # a view: all crops
         images = windows[index, :, top, left]
         images = torch.where(flip.bool()[:, None, None, None], images.flip(3), images)
         images = self.to_device(images).float().div_(127.5).sub_(1)

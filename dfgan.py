@@ -1,6 +1,6 @@
-"""DF-GAN: A Simple and Effective Baseline for Text-to-Image Synthesis. Tao et al., CVPR 2022
+"""DF-GAN: A Simple and Effective Baseline for Text-to-Image Synthesis. Tao et al., CVPR 2022.
 
-arXiv 2008.05865. One G draws the image at full size from noise z and the sentence embedding t.
+arXiv 2008.05865. One G draws the full-size image from noise z and sentence embedding t.
     DFBlock  two affine transformations by (z, t), each with an activation (section 3.4)
     MA-GP    penalty on the gradient of D at real images with their captions (section 3.3)
     one-way  D gives one score of image and caption together (section 3.3)
@@ -30,7 +30,7 @@ except ModuleNotFoundError:    # networks, losses and steps need torch only
 NAME, NZ, TEXT = "dfgan", 100, 256    # noise z; sentence embedding t (paper: e)
 SIZES = 32, 64, 128, 256, 512
 
-# ---- Networks, with the parameter names of released checkpoints
+# ---- Networks, parameters named as released
 
 class Affine(nn.Module):
     """gamma(c) x + beta(c) of x (B, a, s, s). c = (z, t), as released; eq. 3 has t alone."""
@@ -49,7 +49,7 @@ class Affine(nn.Module):
         return torch.addcmul(beta, gamma, x)
 
 class DFBlock(nn.Module):
-    """Affine, activation, affine, activation: leaky ReLU, as released (figure: ReLU)."""
+    """Twice an affine transformation and leaky ReLU, as released (figure: ReLU)."""
     def __init__(self, a):
         super().__init__()
         self.affine0, self.affine1 = Affine(a), Affine(a)
@@ -77,20 +77,19 @@ def upsample(x):
     return x.reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)    # stays channels_last
 
 class UpBlock(nn.Module):
-    """x (B, a, s, s), c (B, 356) -> (B, b, 2s, 2s). The first DFBlock and the shortcut come before
-    the upsampling instead of after it: the same result with a quarter of the work."""
+    """x (B, a, s, s), c (B, 356) -> (B, b, 2s, 2s)."""
     def __init__(self, a, b):
         super().__init__()
         self.c1, self.c2 = NearestUpConv(a, b, 3, 1, 1), nn.Conv2d(b, b, 3, 1, 1)
         self.fuse1, self.fuse2 = DFBlock(a), DFBlock(b)
         self.c_sc = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
 
-    def forward(self, x, c):
+    def forward(self, x, c):    # released: upsampling before fuse1 and c_sc, 4 times the work
         h = self.c1(self.fuse1(x, c))    # (B, b, 2s, 2s)
         return upsample(self.c_sc(x)) + self.c2(self.fuse2(h, c))
 
 def channels(nf, size):
-    """Return the channels from size x size down to 4 x 4: nf, 2 nf, 4 nf, 8 nf, 8 nf, ..."""
+    """Return the widths from size x size to 4 x 4: nf, 2 nf, 4 nf, 8 nf, 8 nf, ..."""
     return [nf * min(2 ** i, 8) for i in range(SIZES.index(size) + 4)]
 
 class Generator(nn.Module):
@@ -110,8 +109,8 @@ class Generator(nn.Module):
         return self.to_rgb(x)
 
 class Convolution(torch.autograd.Function):
-    """F.conv2d with a backward that MA-GP can differentiate fast. The derivative of PyTorch's own
-    backward convolves with whole feature maps, on a GPU 37 of the 88 ms of a step's kernels."""
+    """F.conv2d whose backward MA-GP differentiates fast: the derivative of PyTorch's backward
+    convolves with whole feature maps."""
     @staticmethod
     def forward(x, weight, bias, stride, padding):
         return F.conv2d(x, weight, bias, stride, padding)
@@ -124,17 +123,14 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)    # autocast
-        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        grad_x = grad_weight = None
-        if need_x:    # not nn.grad.conv2d_input, which has the slow derivative
-            grad_x = F.conv_transpose2d(grad, weight, None, *ctx.geometry)
-        if need_weight:
+        grad_x, grad_weight = F.conv_transpose2d(grad, weight, None, *ctx.geometry), None
+        if ctx.needs_input_grad[1]:
             grad_weight = nn.grad.conv2d_weight(x, weight.shape, grad, *ctx.geometry)
-        grad_bias = grad.sum((0, 2, 3)) if need_bias else None
+        grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None
 
 class DConv2d(nn.Conv2d):
-    """nn.Conv2d of D, computed by Convolution."""
+    """nn.Conv2d, computed by Convolution."""
     def forward(self, x):
         return Convolution.apply(x, self.weight, self.bias, self.stride, self.padding)
 
@@ -187,8 +183,8 @@ def ma_gp(grad_x, grad_t, k=2, p=6):
     return k * (s ** (p / 2)).mean()    # sqrt(s) ** p has a NaN gradient at 0
 
 def d_loss(D, real, fake, t, t_wrong):
-    """Return hinge loss + MA-GP, and the tensor that d_step returns. torch.func.grad, unlike
-    torch.autograd.grad, tells Convolution to skip the gradients of weights."""
+    """Return hinge loss + MA-GP, and d_step's result. torch.func.grad, unlike torch.autograd.grad,
+    lets Convolution skip the gradients of weights."""
     def score(x, t):
         h = D.features(x)
         s = D.score(h, t)
@@ -206,9 +202,8 @@ def g_loss(fake):
 # ---- Steps
 
 def d_step(D, opt_d, real, fake, t, t_wrong):
-    """Update D. Return loss, D(real), D(wrong), D(fake), MA-GP. If D ignores the text, D(wrong) =
-    D(real). real, fake (B, 3, S, S); t, t_wrong (B, 256). t_wrong: train rolls t by one, as
-    released; it may be of the same class."""
+    """Update D. Return loss, D(real), D(wrong), D(fake), MA-GP. real, fake (B, 3, S, S); t, t_wrong
+    (B, 256). t_wrong: t rolled by one, as released, possibly of the same class."""
     loss, stats = d_loss(D, real, fake.detach(), t, t_wrong)
     opt_d.zero_grad()
     loss.backward()
@@ -217,7 +212,7 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
 
 def g_step(D, opt_g, fake, t):
     """Update G. fake: d_step's G(z, t), not detached; t (B, TEXT). Return the loss."""
-    D.requires_grad_(False)    # no gradients of D; no weights that autocast cached before its step
+    D.requires_grad_(False)    # skips its gradients, and stale weights in autocast's cache
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
     loss.backward()
@@ -245,15 +240,14 @@ def train(args, checkpoint):
         train_set = data.load_dataset(args.data, "train", args.size, args.root)
         test_set = data.load_dataset(args.data, "test", args.size, args.root)
         encoder = common.get_text_encoder(
-            "damsm", train_set, args.root, args.device, checkpoint, args.text_encoder,
-            args.encoder_iterations, args.image_features)
+            "damsm", train_set, args.root, args.device, checkpoint, args.text_encoder)
         embeddings = common.embed_captions(encoder, train_set)    # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            1, common.rank(), common.world_size(), rolled=True)
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = build(args.nf, args.size, args.lr_g, args.lr_d, args.device)
     ema = copy.deepcopy(G).eval()
-    parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
+    parts = dict(G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
     names = "loss_g", "loss_d", "d_real", "d_wrong", "d_fake", "ma_gp"
     start, history, sums = 0, [], torch.zeros(len(names))
     if checkpoint:
@@ -282,30 +276,27 @@ def train(args, checkpoint):
             loss_g = g_step(D, opt_g, fake, t)
         update_ema(ema, G, min(args.ema, (1 + step) / (10 + step)))
 
-        sums += torch.cat((loss_g[None], d_stats))
+        sums += torch.stack((loss_g, *d_stats))
         end_of_epoch, stopping = batch + 1 == len(batches), stop.requested()
         if end_of_epoch or stopping or batch % 20 == 19:
             means = dict(zip(names, (common.reduce_mean(sums) / (batch + 1)).tolist()))
             bar.note = "  ".join(f"{k} {v:.2f}" for k, v in means.items())
-            assert sums.isfinite().all(), "the loss is not finite: try a smaller learning rate"
+            assert sums.isfinite().all(), "the loss is not finite"
         bar.update(args.batch_size)
         if end_of_epoch:
             sums.zero_()
-            history.append({"epoch": epoch + 1, **means})
+            history.append(dict(epoch=epoch + 1, **means))
             if args.eval_every and (epoch + 1) % args.eval_every == 0:
                 history[-1] |= evaluate(ema, encoder, test_set, args)
         if stopping or step + 1 == num_steps or (end_of_epoch and time.time() - saved > 60):
             saved = time.time()
             common.save_grid(args.out_dir / f"epoch_{epoch + 1:04}.png", generate(ema, *grid), 8)
             common.save_log(args.out_dir / "log.csv", history)
-            common.save_checkpoint(args.out_dir / "last.pt", {
-                "kind": NAME, "step": step + 1, "history": history, "sums": sums,
-                "args": {n: vars(args)[n] for n in RESUME_ARGS}, "text_encoder": encoder, **parts})
+            common.save_checkpoint(args.out_dir / "last.pt", dict(
+                kind=NAME, step=step + 1, history=history, sums=sums,
+                args={n: vars(args)[n] for n in RESUME_ARGS}, text_encoder=encoder, **parts))
         if stopping:
             return 128 + stop.signal
-    stop.close()
-    if args.data == "toy":
-        evaluate(ema, encoder, test_set, args)
 
 # ---- Sampling
 
@@ -317,19 +308,14 @@ def load_generator(path, device="cpu"):
     encoder = common.text_encoder_from_state_dict(state["text_encoder"])
     return G.to(device, memory_format=torch.channels_last), encoder.to(device)
 
-def load_released(path, text_encoder, args):
+def load_released(args):
     """Return a checkpoint of the authors' state_epoch_*.pth, without its optimizers."""
-    try:
-        model = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        G, D, C = ({name.removeprefix("module."): value for name, value in model[net].items()}
-                   for net in ("netG", "netD", "netC"))
-        args.nf = len(G["fc.weight"]) // 128
-        args.size = 4 * 2 ** sum(name.endswith(".c1.weight") for name in G)
-        D = {name: (D | C)[name] for name in Discriminator(args.nf, args.size).state_dict()}
-    except Exception as error:
-        raise common.UserError(f"--init: {path} is no released DF-GAN ({error})") from None
-    return {"kind": NAME, "step": 0, "history": [], "sums": torch.zeros(6), "G": G, "ema": G,
-            "D": D, "args": vars(args), "text_encoder": text_encoder.state_dict()}
+    model = torch.load(args.init, map_location="cpu", weights_only=True)["model"]
+    G, D, C = ({name.removeprefix("module."): value for name, value in model[net].items()}
+               for net in ("netG", "netD", "netC"))
+    D = {name: (D | C)[name] for name in Discriminator(args.nf, args.size).state_dict()}
+    return dict(step=0, history=[], sums=torch.zeros(6), args=vars(args), G=G, D=D, ema=G,
+                text_encoder=common.load_text_encoder(args.text_encoder).state_dict())
 
 def sample_noise(n, seed=0):
     """Return z (n, 100) from N(0, 1), the same on every device."""
@@ -341,43 +327,40 @@ def generate(G, noise, embeddings):
     pairs = zip(noise.to(embeddings.device).split(32), embeddings.split(32))
     return torch.cat([G(z, t) for z, t in pairs]).float()
 
-def sample(args, checkpoint):
-    """Draw a grid, one row per caption; --interpolate: from caption to caption, one row per noise;
-    --interpolate-noise: from noise to noise. --num-images: files instead of a grid."""
-    G, encoder = load_generator(checkpoint, args.device)
-    captions, n, seed = args.captions, args.num_images or args.samples_per_caption, args.seed
-    noise, t = sample_noise(n, seed), encoder.encode_prompts(captions)
+def sample(G, encoder, args):
+    """Draw a grid, a row per caption; --interpolate: a row per noise; --num-images: files."""
+    captions, n = args.captions, args.num_images or args.samples_per_caption
+    noise, t = sample_noise(n, args.seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
         kind, noise = "noise", torch.lerp(*noise[:2], alphas)
     if args.interpolate:
-        kind, noise = "interpolation", sample_noise(4, seed).repeat_interleave(n, 0)
+        kind, noise = "interpolation", sample_noise(4, args.seed).repeat_interleave(n, 0)
         t = torch.lerp(*t, alphas.to(t.device)).repeat(4, 1)
     else:
         noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
-    path = args.out_dir / f"{kind}-{common.slug(captions)}-{seed}.png"
+    path = args.out_dir / f"{kind}-{common.slug(captions)}-{args.seed}.png"
     if args.num_images:
         path = path.with_suffix("")
-        for i, (z, e) in enumerate(zip(noise.split(1), t.split(1))):
-            common.save_grid(path / f"{i:05}.png", generate(G, z, e), 1)
+        for i in range(len(t)):
+            common.save_grid(path / f"{i:05}.png", generate(G, noise[[i]], t[[i]]), 1)
     else:
         common.save_grid(path, generate(G, noise, t), n)
-    print(*map(repr, captions), path, sep="\n")
+    print(*captions, path, sep="\n")
 
 def evaluate(G, encoder, test_set, args):
     """Return a dict of metrics."""
     t = common.embed_captions(encoder, test_set)
     captions = common.evaluation_captions(test_set, args.fid_samples)
-    images = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
+    fake = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
     groups = (generate(G, sample_noise(8, k), t[[k] * 8]) for k in captions[0][:50].tolist())
-    return common.evaluate(
-        images, captions, groups, test_set, args.device, args.r_precision_encoder)
+    return common.evaluate(fake, captions, groups, test_set, args.device, args.r_precision_encoder)
 
 # ---- Command line
 
 PRESETS = {
     "toy": dict(epochs=18, size=64, nf=8, batch_size=16, lr_g=4e-4, lr_d=1e-3, ema=0.99,
-                fid_samples=512),
+                eval_every=18, fid_samples=512),
     "coco": dict(epochs=120)}    # section 4
 RESUME_ARGS = ("data", "size", "nf", "batch_size", "lr_g", "lr_d", "ema", "seed")
 
@@ -390,18 +373,17 @@ def main(argv=None):
     add("--lr-g", type=float, default=1e-4, help="section 4")
     add("--lr-d", type=float, default=4e-4, help="section 4")
     add("--nf", type=int, default=32, help="width of G and D (released; paper: 64)")
-    add("--init", metavar="FILE", help="begin with a released state_epoch_*.pth")
+    add("--init", metavar="FILE", help="a released state_epoch_*.pth; needs --text-encoder")
     args, checkpoint = common.parse_args(parser, PRESETS, RESUME_ARGS, argv)
     if args.init and not checkpoint:
-        if not args.text_encoder:
-            parser.error("--init needs --text-encoder, the DAMSM of its training")
-        checkpoint = load_released(args.init, common.load_text_encoder(args.text_encoder), args)
-    if args.captions:
-        return sample(args, checkpoint)
-    if not args.evaluate:
+        checkpoint = load_released(args)
+    if not (args.captions or args.evaluate):
         return train(args, checkpoint)
+    G, encoder = load_generator(checkpoint, args.device)
+    if args.captions:
+        return sample(G, encoder, args)
     test_set = data.load_dataset(args.data, "test", args.size, args.root)
-    evaluate(*load_generator(checkpoint, args.device), test_set, args)
+    evaluate(G, encoder, test_set, args)
 
 if __name__ == "__main__":
     sys.exit(common.run(main) if common else "training and sampling need common.py and data.py")

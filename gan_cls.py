@@ -1,6 +1,6 @@
 """Generative Adversarial Text to Image Synthesis. Reed et al., ICML 2016 (arXiv 1605.05396).
 
-G draws an image from noise z and the embedding t of a caption; D scores an image with t.
+G draws an image from noise z and caption embedding t; D scores an image with t.
     GAN-CLS         real images with a wrong caption count as fake (Algorithm 1)
     GAN-INT         G also learns from interpolated embeddings (eq. 5)
     style transfer  S recovers z from an image x: G(S(x), t) (section 4.4)
@@ -47,8 +47,8 @@ class NearestUpConv(nn.Conv2d):
 class Generator(nn.Module):
     """z (B, 100), t (B, 1024) -> images (B, 3, 64, 64) in [-1, 1]. Figure 2, left.
 
-    Released code: also residual blocks; we follow the figure, which trains better. upsample:
-    "transposed" (paper) or "nearest" (no checkerboard)."""
+    Released code: also residual blocks; the figure, as here, trains better. upsample: "transposed"
+    (paper) or "nearest" (no checkerboard)."""
     def __init__(self, ngf=128, upsample="transposed"):
         super().__init__()
         self.text = nn.Sequential(nn.Linear(TEXT, NT), nn.LeakyReLU(0.2))
@@ -79,7 +79,7 @@ class Discriminator(nn.Module):
     def __init__(self, ndf=64):
         super().__init__()
         self.image = image_encoder(ndf)
-        # Figure 2: no batch norm of the text; we follow the released code (birds, flowers)
+        # Batch norm: as released (birds, flowers); not in Figure 2
         self.text = nn.Sequential(nn.Linear(TEXT, NT), nn.BatchNorm1d(NT), nn.LeakyReLU(0.2))
         self.joint = nn.Sequential(
             nn.Conv2d(8 * ndf + NT, 8 * ndf, 1, bias=False), nn.BatchNorm2d(8 * ndf),
@@ -122,13 +122,13 @@ def interpolate_embeddings(t):
 
 def d_step(D, opt_d, real, fake, t, t_wrong):
     """Update D. Return loss, D(real), D(wrong), D(fake). real, fake (B, 3, 64, 64); t, t_wrong
-    (B, 1024). Without t_wrong: a plain GAN. If D ignores the text, D(wrong) = D(real).
+    (B, 1024). Without t_wrong: a plain GAN.
 
-    Wrong pair: real image, text of another class (Algorithm 1, where h is the text; here the image
-    features). Released code: text, real image of another class."""
-    h = D.features(real)
-    s_real, s_fake = D.score(h, t), D(fake.detach(), t)
-    s_wrong = s_fake if t_wrong is None else D.score(h, t_wrong)
+    Wrong pair: real image, text of another class (Algorithm 1). Released code: text, real image of
+    another class."""
+    features = D.features(real)
+    s_real, s_fake = D.score(features, t), D(fake.detach(), t)
+    s_wrong = s_fake if t_wrong is None else D.score(features, t_wrong)
     loss = d_loss(s_real, s_wrong, s_fake)
     opt_d.zero_grad()
     loss.backward()
@@ -137,7 +137,7 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
 
 def g_step(D, opt_g, fake, t):
     """Update G. fake: d_step's G(z, t), not detached; t (B, TEXT). Return the loss."""
-    D.requires_grad_(False)    # no gradients of D; no weights that autocast cached before its step
+    D.requires_grad_(False)    # skips its gradients, and stale weights in autocast's cache
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
     loss.backward()
@@ -166,15 +166,14 @@ def train(args, checkpoint):
         train_set = data.load_dataset(args.data, "train", 64, args.root)
         test_set = data.load_dataset(args.data, "test", 64, args.root)
         encoder = common.get_text_encoder(
-            "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder,
-            args.encoder_iterations, args.image_features)
+            "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder)
         embeddings = common.embed_captions(encoder, train_set)    # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            args.captions_per_image, common.rank(), common.world_size())
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = build(args.ngf, args.ndf, args.upsample, args.lr, args.device)
     ema = copy.deepcopy(G).eval()
-    parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
+    parts = dict(G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
     names = "loss_g", "loss_d", "d_real", "d_wrong", "d_fake"
     start, history, sums = 0, [], torch.zeros(len(names))
     if checkpoint:
@@ -193,11 +192,11 @@ def train(args, checkpoint):
     stop = common.GracefulStop()
     for step in range(start, num_steps):
         epoch, batch = divmod(step, len(batches))
-        for group in (*opt_g.param_groups, *opt_d.param_groups):
-            group["lr"] = args.lr * 0.5 ** ((epoch + 1) // args.lr_decay_epochs)
+        for opt in (opt_g, opt_d):
+            opt.param_groups[0]["lr"] = args.lr * 0.5 ** ((epoch + 1) // args.lr_decay_epochs)
         torch.manual_seed(args.seed * 2**20 + step)    # resumed runs draw the same noise
         images, captions, wrong = batches(step)
-        # Paper: one caption an image; released code, as here: the mean of 4
+        # Paper: one caption an image; released, as here: the mean of 4
         t = embeddings[captions].mean(1)
         t_wrong = embeddings[wrong].mean(1) if "cls" in args.variant else None
         t_g = torch.cat((t, interpolate_embeddings(t))) if "int" in args.variant else t
@@ -208,30 +207,27 @@ def train(args, checkpoint):
             loss_g = g_step(D, opt_g, fake, t_g)    # released code: a new fake
         update_ema(ema, G, min(args.ema, (1 + step) / (10 + step)))
 
-        sums += torch.cat((loss_g[None], d_stats))
+        sums += torch.stack((loss_g, *d_stats))
         end_of_epoch, stopping = batch + 1 == len(batches), stop.requested()
         if end_of_epoch or stopping or batch % 20 == 19:
             means = dict(zip(names, (common.reduce_mean(sums) / (batch + 1)).tolist()))
             bar.note = "  ".join(f"{k} {v:.2f}" for k, v in means.items())
-            assert sums.isfinite().all(), "the loss is not finite: try a smaller learning rate"
+            assert sums.isfinite().all(), "the loss is not finite"
         bar.update(args.batch_size)
         if end_of_epoch:
             sums.zero_()
-            history.append({"epoch": epoch + 1, **means})
+            history.append(dict(epoch=epoch + 1, **means))
             if args.eval_every and (epoch + 1) % args.eval_every == 0:
                 history[-1] |= evaluate(ema, encoder, test_set, args)
         if stopping or step + 1 == num_steps or (end_of_epoch and time.time() - saved > 60):
             saved = time.time()
             common.save_grid(args.out_dir / f"epoch_{epoch + 1:04}.png", generate(ema, *grid), 8)
             common.save_log(args.out_dir / "log.csv", history)
-            common.save_checkpoint(args.out_dir / "last.pt", {
-                "kind": NAME, "step": step + 1, "history": history, "sums": sums,
-                "args": {n: vars(args)[n] for n in RESUME_ARGS}, "text_encoder": encoder, **parts})
+            common.save_checkpoint(args.out_dir / "last.pt", dict(
+                kind=NAME, step=step + 1, history=history, sums=sums,
+                args={n: vars(args)[n] for n in RESUME_ARGS}, text_encoder=encoder, **parts))
         if stopping:
             return 128 + stop.signal
-    stop.close()
-    if args.data == "toy":
-        evaluate(ema, encoder, test_set, args)
 
 # ---- Sampling
 
@@ -253,37 +249,34 @@ def generate(G, noise, embeddings):
     pairs = zip(noise.to(embeddings.device).split(32), embeddings.split(32))
     return torch.cat([G(z, t) for z, t in pairs]).float()
 
-def sample(args, checkpoint):
-    """Draw a grid, one row per caption; --interpolate: from caption to caption, one row per noise;
-    --interpolate-noise: from noise to noise. --num-images: files instead of a grid."""
-    G, encoder = load_generator(checkpoint, args.device)
-    captions, n, seed = args.captions, args.num_images or args.samples_per_caption, args.seed
-    noise, t = sample_noise(n, seed), encoder.encode_prompts(captions)
+def sample(G, encoder, args):
+    """Draw a grid, a row per caption; --interpolate: a row per noise; --num-images: files."""
+    captions, n = args.captions, args.num_images or args.samples_per_caption
+    noise, t = sample_noise(n, args.seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
         kind, noise = "noise", torch.lerp(*noise[:2], alphas)
     if args.interpolate:
-        kind, noise = "interpolation", sample_noise(4, seed).repeat_interleave(n, 0)
+        kind, noise = "interpolation", sample_noise(4, args.seed).repeat_interleave(n, 0)
         t = torch.lerp(*t, alphas.to(t.device)).repeat(4, 1)
     else:
         noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
-    path = args.out_dir / f"{kind}-{common.slug(captions)}-{seed}.png"
+    path = args.out_dir / f"{kind}-{common.slug(captions)}-{args.seed}.png"
     if args.num_images:
         path = path.with_suffix("")
-        for i, (z, e) in enumerate(zip(noise.split(1), t.split(1))):
-            common.save_grid(path / f"{i:05}.png", generate(G, z, e), 1)
+        for i in range(len(t)):
+            common.save_grid(path / f"{i:05}.png", generate(G, noise[[i]], t[[i]]), 1)
     else:
         common.save_grid(path, generate(G, noise, t), n)
-    print(*map(repr, captions), path, sep="\n")
+    print(*captions, path, sep="\n")
 
 def evaluate(G, encoder, test_set, args):
     """Return a dict of metrics."""
     t = common.embed_captions(encoder, test_set)
     captions = common.evaluation_captions(test_set, args.fid_samples)
-    images = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
+    fake = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
     groups = (generate(G, sample_noise(8, k), t[[k] * 8]) for k in captions[0][:50].tolist())
-    return common.evaluate(
-        images, captions, groups, test_set, args.device, args.r_precision_encoder)
+    return common.evaluate(fake, captions, groups, test_set, args.device, args.r_precision_encoder)
 
 # ---- Style transfer (section 4.4; never released)
 
@@ -296,18 +289,17 @@ def style_loss(S, z, fake):
     """|| z - S(G(z, t)) ||^2  (eq. 6)."""
     return (z - S(fake)).square().sum(1).mean()
 
-def style_transfer(args, checkpoint):
+def style_transfer(G, encoder, step, args):
     """Draw a photo, then the captions with its pose and background."""
-    G, encoder = load_generator(checkpoint, args.device)
     photo = data.load_image(data.Record(Path(args.style_image), [], 0), 64)
     photo = torch.tensor(photo, device=args.device)[None] / 127.5 - 1
-    S = StyleEncoder(checkpoint["args"]["ndf"]).to(args.device)
-    path = args.out_dir / f"style-encoder-{checkpoint['step']}-{args.style_steps}.pt"
+    S = StyleEncoder(args.ndf).to(args.device)
+    path = args.out_dir / f"style-encoder-{step}-{args.style_steps}.pt"
     if not path.exists():
         train_set = data.load_dataset(args.data, "train", 64, args.root)
         embeddings = common.embed_captions(encoder, train_set)
         optimizer = Adam(S.parameters(), 2e-4, (0.5, 0.999))
-        bar = data.Progress(args.style_steps * 64, "training the style encoder")
+        bar = data.Progress(args.style_steps * 64, "style encoder")
         for _ in range(args.style_steps):
             z = torch.randn(64, NZ, device=args.device)
             t = embeddings[torch.randint(len(embeddings), (64,), device=args.device)]
@@ -316,19 +308,19 @@ def style_transfer(args, checkpoint):
             loss.backward()
             optimizer.step()
             bar.update(64)
-        common.save_checkpoint(path, {"kind": "style encoder", "S": S})
+        common.save_checkpoint(path, dict(kind="style encoder", S=S))
     S.load_state_dict(common.load_checkpoint(path, "style encoder")["S"])
     t = encoder.encode_prompts(args.captions)
     images = generate(G, S.eval()(photo).expand(len(t), -1), t)
     path = args.out_dir / f"style-{Path(args.style_image).stem}-{common.slug(args.captions)}.png"
     common.save_grid(path, torch.cat((photo, images)), len(t) + 1)
-    print(*map(repr, args.captions), path, sep="\n")
+    print(*args.captions, path, sep="\n")
 
 # ---- Command line
 
 PRESETS = {
     "toy": dict(epochs=14, ngf=24, ndf=24, batch_size=16, captions_per_image=1, ema=0.99,
-                upsample="nearest", fid_samples=512),
+                upsample="nearest", eval_every=14, fid_samples=512),
     "coco": dict(epochs=200, ngf=196, ndf=196, captions_per_image=3, variant="cls",
                  lr_decay_epochs=40)}    # released code
 RESUME_ARGS = ("data", "variant", "upsample", "ngf", "ndf", "batch_size", "lr", "lr_decay_epochs",
@@ -349,14 +341,15 @@ def main(argv=None):
     add("--style-image", metavar="PHOTO", help="with --sample: its pose and background")
     add("--style-steps", type=int, default=2000, help="to train S")
     args, checkpoint = common.parse_args(parser, PRESETS, RESUME_ARGS, argv)
-    if args.style_image:
-        return style_transfer(args, checkpoint)
-    if args.captions:
-        return sample(args, checkpoint)
-    if not args.evaluate:
+    if not (args.captions or args.evaluate):
         return train(args, checkpoint)
+    G, encoder = load_generator(checkpoint, args.device)
+    if args.style_image:
+        return style_transfer(G, encoder, checkpoint["step"], args)
+    if args.captions:
+        return sample(G, encoder, args)
     test_set = data.load_dataset(args.data, "test", 64, args.root)
-    evaluate(*load_generator(checkpoint, args.device), test_set, args)
+    evaluate(G, encoder, test_set, args)
 
 if __name__ == "__main__":
     sys.exit(common.run(main) if common else "training and sampling need common.py and data.py")

@@ -1,12 +1,11 @@
 """StackGAN: Text to Photo-realistic Image Synthesis with Stacked Generative Adversarial Networks.
 Zhang et al., ICCV 2017 (arXiv 1612.03242).
 
-Stage-I draws a 64 px sketch from noise z and the embedding t of a caption, Stage-II an image of
-256 px from sketch and t.
+Two stages draw an image from noise z and the embedding t of a caption.
     Conditioning Augmentation  c is a sample of N(mu(t), sigma(t)^2) (section 3.2)
-    Stage-I                    s0 = G0(z, c0) (section 3.3)
-    Stage-II                   G(s0, c), without z; G0 is fixed (section 3.4)
-Below, TF and PT are the authors' releases in TensorFlow and in PyTorch.
+    Stage-I                    s0 = G0(z, c0), 64 px (section 3.3)
+    Stage-II                   G(s0, c), 256 px, without z; G0 is fixed (section 3.4)
+TF and PT: the authors' code in TensorFlow and in PyTorch.
 
     python stackgan.py    # toy data, minutes on a CPU
     python stackgan.py --data flowers    # both stages; run again to resume
@@ -78,8 +77,8 @@ class Residual(nn.Module):
         return F.relu(x + self.body(x), True)
 
 class Stage1(nn.Module):
-    """Stage-I: z (B, 100), eps (B, 128), t (B, 1024) -> images (B, 3, 64, 64) in [-1, 1], mu, log
-    sigma. Figure 2, top."""
+    """Stage-I, Figure 2, top: z (B, 100), eps (B, 128), t (B, 1024) -> images (B, 3, 64, 64) in
+    [-1, 1], mu, log sigma."""
     def __init__(self, ngf=128):
         super().__init__()
         self.ca = ConditioningAugmentation()
@@ -95,10 +94,9 @@ class Stage1(nn.Module):
         return self.img(self.up(x)), mu, log_sigma    # before img: (B, ngf / 2, 64, 64)
 
 class Stage2(nn.Module):
-    """Stage-II: images s0 (B, 3, 64, 64), eps, t -> images (B, 3, S, S), mu, log sigma. Figure 2,
-    bottom. Residual blocks (section 3.5): 4, at 128 px 2.
+    """Stage-II, Figure 2, bottom: s0 (B, 3, 64, 64), eps, t -> images (B, 3, S, S), mu, log sigma.
 
-    Paper: leaky ReLU in downsampling; released code: ReLU; we follow the code."""
+    Downsampling: paper: leaky ReLU; released code, as here: ReLU."""
     def __init__(self, ngf=128, size=256, num_residual=4):
         super().__init__()
         self.ca = ConditioningAugmentation()
@@ -122,8 +120,7 @@ class Stage2(nn.Module):
 class Discriminator(nn.Module):
     """Images (B, 3, S, S), t (B, 1024) -> logits (B,). Figure 2.
 
-    Joint layer: paper: 1x1; PT, as here: 3x3. Text: a layer of D, as in the paper; PT: the detached
-    mu of G."""
+    Joint layer: paper: 1x1; PT, as here: 3x3. Text: paper, as here: a layer of D; PT: mu of G."""
     def __init__(self, ndf=64, size=64):
         super().__init__()
         down = [ndf * 2 ** i for i in range({64: 4, 128: 5, 256: 6}[size])]    # to 4 x 4
@@ -174,14 +171,14 @@ def kl_loss(mu, log_sigma):
 
 def d_step(D, opt_d, real, fake, t, t_wrong):
     """Update D. Return loss, D(real), D(wrong), D(fake). real, fake (B, 3, S, S); t, t_wrong
-    (B, TEXT). If D ignores the text, D(wrong) = D(real).
+    (B, TEXT).
 
-    Wrong pair: real image, text of another class. TF: text, real image of another class. PT: the
-    next text of the batch; in Stage-II it also scores images alone, as here."""
+    Wrong pair: real image, text of another class; TF: text, real image of another class; PT: the
+    next text of the batch. Stage-II also scores images alone, as in PT."""
     h, h_fake = D.features(real), D.features(fake.detach())
     s_real, s_wrong, s_fake = D.score(h, t), D.score(h, t_wrong), D.score(h_fake, t)
     loss = d_loss(s_real, s_wrong, s_fake)
-    if D.unconditional:    # Stage-II: the mean of two scores as real, of three as fake
+    if D.unconditional:    # Stage-II: two scores as real, three as fake
         right = torch.cat((s_real, D.unconditional(h).flatten()))
         wrong = torch.cat((s_wrong, s_fake, D.unconditional(h_fake).flatten()))
         loss = F.softplus(-right).mean() + F.softplus(wrong).mean()
@@ -194,7 +191,7 @@ def g_step(D, opt_g, fake, t, kl):
     """Update G. fake: d_step's G(...), not detached; t (B, TEXT). Return the loss without kl.
 
     Weight of kl, from kl_loss: 2, as released; paper: 1."""
-    D.requires_grad_(False)    # no gradients of D; no weights that autocast cached before its step
+    D.requires_grad_(False)    # skips its gradients, and stale weights in autocast's cache
     h = D.features(fake)
     loss = g_loss(D.score(h, t))
     if D.unconditional:
@@ -223,10 +220,7 @@ def build(stage, ngf=128, ndf=64, size=256, num_residual=4, lr=2e-4, device="cpu
 
 def train(args, checkpoint):
     """Train or resume Stage-I, then Stage-II, up to args.stage."""
-    reached = checkpoint["stage"] if checkpoint else 1
-    if args.stage < reached:
-        raise common.UserError(f"{args.out_dir} has reached Stage-II; omit --stage {args.stage}")
-    for stage in range(reached, args.stage + 1):
+    for stage in range(checkpoint["stage"] if checkpoint else 1, args.stage + 1):
         if status := train_stage(args, checkpoint, stage):
             return status
         with common.main_process_first():
@@ -239,8 +233,7 @@ def train_stage(args, checkpoint, stage):
         train_set = data.load_dataset(args.data, "train", size, args.root)
         test_set = data.load_dataset(args.data, "test", size, args.root)
         encoder = common.get_text_encoder(
-            "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder,
-            args.encoder_iterations, args.image_features)
+            "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder)
         embeddings = common.embed_captions(encoder, train_set)    # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            args.captions_per_image, common.rank(), common.world_size())
@@ -248,12 +241,12 @@ def train_stage(args, checkpoint, stage):
     G, D, opt_g, opt_d = build(stage, args.ngf, args.ndf, args.size, args.num_residual, args.lr,
                                args.device)
     ema = copy.deepcopy(G).eval()
-    parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
+    parts = dict(G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
     names = "loss_g", "kl", "loss_d", "d_real", "d_wrong", "d_fake"
     start, history, sums, stages = 0, [], torch.zeros(len(names)), [ema]
     if stage == 2:    # EMA of Stage-I in eval mode; released code: last weights in train mode
-        G0 = load_generator(checkpoint, args.device)[0][0]
-        parts["G0"], stages, history = G0, [G0, ema], checkpoint["history"]
+        parts["G0"] = load_generator(checkpoint, args.device)[0][0]
+        stages, history = [parts["G0"], ema], checkpoint["history"]
     if checkpoint and checkpoint["stage"] == stage:
         start, history, sums = (checkpoint[key] for key in ("step", "history", "sums"))
         for name, part in parts.items():
@@ -270,33 +263,31 @@ def train_stage(args, checkpoint, stage):
     stop = common.GracefulStop()
     for step in range(start, num_steps):
         epoch, batch = divmod(step, len(batches))
-        for group in (*opt_g.param_groups, *opt_d.param_groups):
-            group["lr"] = args.lr * 0.5 ** (epoch // args.lr_decay_epochs)
+        for opt in (opt_g, opt_d):
+            opt.param_groups[0]["lr"] = args.lr * 0.5 ** (epoch // args.lr_decay_epochs)
         torch.manual_seed(args.seed * 2**20 + step)    # resumed runs draw the same noise
         images, captions, wrong = batches(step)
-        # The mean of 4 captions, as in TF
-        t, t_wrong = embeddings[captions].mean(1), embeddings[wrong].mean(1)
+        t, t_wrong = embeddings[captions].mean(1), embeddings[wrong].mean(1)    # as in TF
         noise = torch.randn(common.world_size(), len(t), NZ + 2 * NC, device=args.device)
         noise = noise[common.rank()]
-        z, eps1, eps2 = noise.split((NZ, NC, NC), 1)
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
-            x, eps = (z, eps1) if stage == 1 else (generate([G0], noise, t), eps2)
-            fake, mu, log_sigma = G(x, eps, t)
+        with torch.autocast(noise.device.type, torch.bfloat16, enabled=args.bf16):
+            x = generate(stages[:-1], noise, t)    # Stage-I: z; Stage-II: images of Stage-I
+            fake, mu, log_sigma = G(x, noise.split((NZ, NC, NC), 1)[stage], t)
             kl = kl_loss(mu.float(), log_sigma.float())
             d_stats = d_step(D, opt_d, images, fake, t, t_wrong)
             loss_g = g_step(D, opt_g, fake, t, kl)    # TF: a new fake
         update_ema(ema, G, min(args.ema, (1 + step) / (10 + step)))
 
-        sums += torch.cat((torch.stack((loss_g, kl.detach())), d_stats))
+        sums += torch.stack((loss_g, kl.detach(), *d_stats))
         end_of_epoch, stopping = batch + 1 == len(batches), stop.requested()
         if end_of_epoch or stopping or batch % 20 == 19:
             means = dict(zip(names, (common.reduce_mean(sums) / (batch + 1)).tolist()))
             bar.note = "  ".join(f"{k} {v:.2f}" for k, v in means.items())
-            assert sums.isfinite().all(), "the loss is not finite: try a smaller learning rate"
+            assert sums.isfinite().all(), "the loss is not finite"
         bar.update(args.batch_size)
         if end_of_epoch:
             sums.zero_()
-            history.append({"stage": stage, "epoch": epoch + 1, **means})
+            history.append(dict(stage=stage, epoch=epoch + 1, **means))
             if args.eval_every and (epoch + 1) % args.eval_every == 0:
                 history[-1] |= evaluate(stages, encoder, test_set, args)
         if stopping or step + 1 == num_steps or (end_of_epoch and time.time() - saved > 60):
@@ -304,14 +295,12 @@ def train_stage(args, checkpoint, stage):
             common.save_grid(args.out_dir / f"stage{stage}_epoch_{epoch + 1:04}.png",
                              generate(stages, *grid), 8)
             common.save_log(args.out_dir / "log.csv", history)
-            common.save_checkpoint(args.out_dir / "last.pt", {
-                "kind": NAME, "stage": stage, "step": step + 1, "history": history, "sums": sums,
-                "args": {n: vars(args)[n] for n in RESUME_ARGS}, "text_encoder": encoder, **parts})
+            common.save_checkpoint(args.out_dir / "last.pt", dict(
+                kind=NAME, stage=stage, step=step + 1, history=history, sums=sums,
+                args={n: vars(args)[n] for n in RESUME_ARGS}, text_encoder=encoder, **parts))
         if stopping:
             return 128 + stop.signal
     stop.close()
-    if args.data == "toy":
-        evaluate(stages, encoder, test_set, args)
 
 # ---- Sampling
 
@@ -342,44 +331,40 @@ def generate(G, noise, embeddings):
         images.append(x.float())
     return torch.cat(images)
 
-def sample(args, checkpoint):
-    """Draw a grid, one row per caption; --interpolate: from caption to caption, one row per noise;
-    --interpolate-noise: from noise to noise. --num-images: files instead of a grid."""
-    G, encoder = load_generator(checkpoint, args.device)
-    G = G[:args.stage]
-    captions, n, seed = args.captions, args.num_images or args.samples_per_caption, args.seed
-    noise, t = sample_noise(n, seed), encoder.encode_prompts(captions)
+def sample(G, encoder, args):
+    """Draw a grid, a row per caption; --interpolate: a row per noise; --num-images: files."""
+    captions, n = args.captions, args.num_images or args.samples_per_caption
+    noise, t = sample_noise(n, args.seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
         kind, noise = "noise", torch.lerp(*noise[:2], alphas)
     if args.interpolate:
-        kind, noise = "interpolation", sample_noise(4, seed).repeat_interleave(n, 0)
+        kind, noise = "interpolation", sample_noise(4, args.seed).repeat_interleave(n, 0)
         t = torch.lerp(*t, alphas.to(t.device)).repeat(4, 1)
     else:
         noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
-    path = args.out_dir / f"{kind}-{common.slug(captions)}-{seed}.png"
+    path = args.out_dir / f"{kind}-{common.slug(captions)}-{args.seed}.png"
     if args.num_images:
         path = path.with_suffix("")
-        for i, (z, e) in enumerate(zip(noise.split(1), t.split(1))):
-            common.save_grid(path / f"{i:05}.png", generate(G, z, e), 1)
+        for i in range(len(t)):
+            common.save_grid(path / f"{i:05}.png", generate(G, noise[[i]], t[[i]]), 1)
     else:
         common.save_grid(path, generate(G, noise, t), n)
-    print(*map(repr, captions), path, sep="\n")
+    print(*captions, path, sep="\n")
 
 def evaluate(G, encoder, test_set, args):
     """Return a dict of metrics."""
     t = common.embed_captions(encoder, test_set)
     captions = common.evaluation_captions(test_set, args.fid_samples)
-    images = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
+    fake = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
     groups = (generate(G, sample_noise(8, k), t[[k] * 8]) for k in captions[0][:50].tolist())
-    return common.evaluate(
-        images, captions, groups, test_set, args.device, args.r_precision_encoder)
+    return common.evaluate(fake, captions, groups, test_set, args.device, args.r_precision_encoder)
 
 # ---- Command line
 
 PRESETS = {
     "toy": dict(epochs=12, size=128, ngf=16, ndf=16, batch_size=16, captions_per_image=1, ema=0.99,
-                num_residual=2, fid_samples=512),
+                num_residual=2, eval_every=12, fid_samples=512),
     "coco": dict(epochs=120, ngf=192, ndf=96, num_residual=2, captions_per_image=1,
                  lr_decay_epochs=20)}    # PT
 RESUME_ARGS = ("data", "size", "ngf", "ndf", "num_residual", "batch_size", "lr", "lr_decay_epochs",
@@ -399,12 +384,12 @@ def main(argv=None):
     add("--num-residual", type=int, default=4, help="section 3.5: 4, at 128 px 2")
     add("--captions-per-image", type=int, default=4, help="averaged (TF)")
     args, checkpoint = common.parse_args(parser, PRESETS, RESUME_ARGS, argv)
-    if args.captions:
-        return sample(args, checkpoint)
-    if not args.evaluate:
+    if not (args.captions or args.evaluate):
         return train(args, checkpoint)
     G, encoder = load_generator(checkpoint, args.device)
     G = G[:args.stage]
+    if args.captions:
+        return sample(G, encoder, args)
     test_set = data.load_dataset(args.data, "test", args.size if len(G) == 2 else 64, args.root)
     evaluate(G, encoder, test_set, args)
 

@@ -102,10 +102,13 @@ def test_text_encoders_are_trained_and_chosen(home, tmp_path, monkeypatch):
     red, green, same = encoder.encode(["a red picture", "a green picture", "it is red"])
     assert torch.cosine_similarity(red, same, 0) > torch.cosine_similarity(red, green, 0) + 0.5
     trained, dataset = [], SimpleNamespace(name=name)
-    monkeypatch.setattr(common, "train_text_encoder", lambda *a: trained.append(a[-2:]))
-    for iterations, features in ((None, None), (2, "small"), (3, None), (None, "inception")):
-        common.get_text_encoder("damsm", dataset, "", "cpu", None, None, iterations, features)
-    assert trained == [(3, None), (None, "inception")]
+    monkeypatch.setattr(common, "train_text_encoder", lambda *a: trained.append(a))
+    for kind, dim in (("char-cnn-rnn", 1024), ("damsm", 256)):    # those of runs/ are found
+        assert common.get_text_encoder(kind, dataset, "", "cpu").dim == dim and not trained
+    dataset.name += "/../other/own"    # a folder of the same name: trained anew
+    common.get_text_encoder("damsm", dataset, "", "cpu")
+    path = Path("runs/damsm-own/encoder.pt")
+    assert trained == [("damsm", dataset.name, "", "cpu", path)]
 
 def test_joint_embedding_loss():
     (image, text), expect = np.random.default_rng(0).standard_normal((2, 7, 5)), 0

@@ -19,7 +19,7 @@ FLAGS = {"dfgan": "--size 32 --nf 2",
          "stackgan": "--ngf 4 --ndf 2 --size 128 --num-residual 1 --lr-decay-epochs 1"}
 A, B = "a red picture", "it is blue"
 COLOURS = {"pink flower": lambda r, g, b: r > g + 15 and b > g,
-           "purple flower": lambda r, g, b: b > g + 15 and r > g,
+           "purple flower": lambda r, g, b: min(r, b) > g + 5,
            "yellow flower": lambda r, g, b: min(r, g) > b + 30,
            "white flower": lambda r, g, b: min(r, g, b) > 90 and max(r, g, b) - min(r, g, b) < 60}
 
@@ -185,8 +185,7 @@ class SmallInception(torch.nn.Module):
 
 @pytest.mark.parametrize("script", FLAGS)
 def test_evaluate(script, monkeypatch, capsys):
-    """R-precision needs 200 captions of test images, and an encoder with Inception features."""
-    monkeypatch.setattr("data.read_captions", lambda path: path.read_text().splitlines() * 60)
+    """R-precision needs an encoder with Inception features."""
     monkeypatch.setattr(common, "FIDInception", SmallInception)
     path = Path("damsm.pt")
     common.train_text_encoder("damsm", data.dataset_id("own"), "", "cpu", path, 2, "inception")
