@@ -359,8 +359,8 @@ def evaluate(G, encoder, test_set, args):
 # ---- Command line
 
 PRESETS = {
-    "toy": dict(epochs=18, size=64, nf=8, batch_size=16, lr_g=4e-4, lr_d=1e-3, ema=0.99,
-                eval_every=18, fid_samples=512),
+    "toy": dict(epochs=16, size=64, nf=8, batch_size=16, lr_g=4e-4, lr_d=1e-3, ema=0.998,
+                eval_every=16, fid_samples=1024),
     "coco": dict(epochs=120)}    # section 4
 RESUME_ARGS = ("data", "size", "nf", "batch_size", "lr_g", "lr_d", "ema", "seed")
 

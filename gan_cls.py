@@ -319,8 +319,8 @@ def style_transfer(G, encoder, step, args):
 # ---- Command line
 
 PRESETS = {
-    "toy": dict(epochs=14, ngf=24, ndf=24, batch_size=16, captions_per_image=1, ema=0.99,
-                upsample="nearest", eval_every=14, fid_samples=512),
+    "toy": dict(epochs=16, ngf=16, ndf=16, batch_size=8, lr=4e-4, captions_per_image=1, ema=0.998,
+                upsample="nearest", eval_every=16, fid_samples=1024),
     "coco": dict(epochs=200, ngf=196, ndf=196, captions_per_image=3, variant="cls",
                  lr_decay_epochs=40)}    # released code
 RESUME_ARGS = ("data", "variant", "upsample", "ngf", "ndf", "batch_size", "lr", "lr_decay_epochs",

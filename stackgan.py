@@ -363,8 +363,8 @@ def evaluate(G, encoder, test_set, args):
 # ---- Command line
 
 PRESETS = {
-    "toy": dict(epochs=12, size=128, ngf=16, ndf=16, batch_size=16, captions_per_image=1, ema=0.99,
-                num_residual=2, eval_every=12, fid_samples=512),
+    "toy": dict(epochs=12, size=128, ngf=16, ndf=16, batch_size=8, lr=4e-4, captions_per_image=1,
+                ema=0.998, num_residual=2, eval_every=12, fid_samples=1024),
     "coco": dict(epochs=120, ngf=192, ndf=96, num_residual=2, captions_per_image=1,
                  lr_decay_epochs=20)}    # PT
 RESUME_ARGS = ("data", "size", "ngf", "ndf", "num_residual", "batch_size", "lr", "lr_decay_epochs",
