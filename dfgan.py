@@ -349,7 +349,7 @@ def sample(G, encoder, args):
     print(*captions, path, sep="\n")
 
 def evaluate(G, encoder, test_set, args):
-    """Return a dict of metrics."""
+    """Return the metrics."""
     t = common.embed_captions(encoder, test_set)
     captions = common.evaluation_captions(test_set, args.fid_samples)
     fake = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))

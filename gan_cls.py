@@ -271,7 +271,7 @@ def sample(G, encoder, args):
     print(*captions, path, sep="\n")
 
 def evaluate(G, encoder, test_set, args):
-    """Return a dict of metrics."""
+    """Return the metrics."""
     t = common.embed_captions(encoder, test_set)
     captions = common.evaluation_captions(test_set, args.fid_samples)
     fake = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
@@ -290,7 +290,7 @@ def style_loss(S, z, fake):
     return (z - S(fake)).square().sum(1).mean()
 
 def style_transfer(G, encoder, step, args):
-    """Draw a photo, then the captions with its pose and background."""
+    """Draw a photo, then the captions in its style."""
     photo = data.load_image(data.Record(Path(args.style_image), [], 0), 64)
     photo = torch.tensor(photo, device=args.device)[None] / 127.5 - 1
     S = StyleEncoder(args.ndf).to(args.device)
