@@ -28,19 +28,20 @@ class UserError(Exception):
     """A mistake that the user can correct."""
 
 class Record(NamedTuple):
-    path: Path | None    # None: a toy flower, drawn from its attributes
+    path: Path | None    # None: a toy flower
     captions: list
     label: int | str
-    bbox: tuple | None = None    # left, top, right, bottom
+    bbox: list | None = None    # left, top, right, bottom
     attributes: dict | None = None
 
 class Progress:
-    """Print progress on stderr; without a terminal, every 30 seconds."""
+    """Print progress on stderr."""
     enabled = True
+    note = ""
+
     def __init__(self, total, label, unit="images", done=0):
         self.total, self.label, self.unit, self.done, self.initial = total, label, unit, done, done
         self.start = self.shown = time.time()
-        self.note = ""
 
     def update(self, n=1):
         self.done += n
@@ -48,9 +49,9 @@ class Progress:
         if self.enabled and (end or now - self.shown > (0.2 if terminal else 30)):
             self.shown = now
             rate = (self.done - self.initial) / (now - self.start + 1e-9)
-            line = (f"\r{self.label} {self.done / self.total:4.0%}  {rate:.1f} {self.unit}/s  "
-                    f"{(self.total - self.done) / rate / 60:.0f} min left  {self.note}  ")
-            print(line, end="" if terminal and not end else "\n", file=sys.stderr, flush=True)
+            print(f"\r{self.label} {self.done / self.total:4.0%}  {rate:.1f} {self.unit}/s  "
+                  f"{(self.total - self.done) / rate / 60:.0f} min left  {self.note}  ",
+                  end="" if terminal and not end else "\n", file=sys.stderr)
 
 @contextlib.contextmanager
 def atomic_write(path):
@@ -66,21 +67,21 @@ def atomic_write(path):
 # ---- Datasets
 
 def fetch(url, folder, name, md5=None):
-    """Return folder/name, from the archive `url` if it is missing."""
+    """Return folder/name; if it is missing, extract it from the archive `url`."""
     from torchvision.datasets.utils import download_url
-    archive, target = folder / Path(url.split("?")[0]).name, folder / name
+    archive, target = folder / Path(url).name.split("?")[0], folder / name
     if target.exists():
         return target
     try:
         download_url(url, folder, archive.name, md5)    # skips an archive with this md5
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder) as temp:
             # "data" refuses paths that lead outside; shutil skips those of a zip
             options = {} if archive.suffix == ".zip" else {"filter": "data"}
-            shutil.unpack_archive(archive, temporary, **options)
-            min(Path(temporary).rglob(name), key=lambda path: len(path.parts)).rename(target)
-    except Exception as error:    # of many types
-        raise UserError(f"cannot get {name} from {url} ({error}); fetch {archive} by hand, or "
-                        "delete it if damaged") from None
+            shutil.unpack_archive(archive, temp, **options)
+            min(Path(temp).rglob(name), key=lambda path: len(path.parts)).rename(target)
+    except Exception as error:
+        raise UserError(
+            f"cannot get {name} ({error}); save {url} as {archive}, or delete it if damaged")
     return target
 
 def read_captions(path):
@@ -89,17 +90,16 @@ def read_captions(path):
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 def flowers(folder, split):
-    """Oxford-102, zero-shot split of Reed et al.: 7,034 and 1,155 images."""
-    archive = folder / "cvpr2016_flowers.tar.gz"
-    if not archive.exists() and not (folder / "text_c10").exists():
-        raise UserError(f"no {archive}; save it in a browser from https://drive.google.com/file/d/"
-                        "0B0ywwgffWnLLcms2WWJQRFNSWXM/view?resourcekey=0-Av8zFbeDDvNcF1sSjDR32w")
-    captions = fetch(archive.name, folder, "text_c10")    # no url: only extracts
+    """Load 7,034 train or 1,155 test images, split as by Reed et al."""
+    # needs a browser or gdown; the part after # only names the archive
+    captions = fetch("https://drive.google.com/file/d/0B0ywwgffWnLLcms2WWJQRFNSWXM/view?"
+                     "resourcekey=0-Av8zFbeDDvNcF1sSjDR32w#/cvpr2016_flowers.tar.gz",
+                     folder, "text_c10")
     images = fetch("https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", folder,
                    "jpg", "52808999861908f626f3c1f4e79d11fa")
     return [Record(images / f"{path.stem}.jpg", read_captions(path), path.parent.name)
             for path in sorted(captions.glob("class_*/image_*.txt"))
-            if (path.parent.name <= "class_00020") == (split == "test")]    # the test classes
+            if (path.parent.name <= "class_00020") == (split == "test")]
 
 CUB_TEST = {    # the 50 test classes of Reed et al.
     1, 4, 6, 8, 9, 14, 23, 29, 31, 33, 34, 35, 36, 37, 38, 43, 49, 51, 53, 66, 72, 79, 83, 84, 86,
@@ -107,27 +107,23 @@ CUB_TEST = {    # the 50 test classes of Reed et al.
     183, 185, 186, 187, 197}
 
 def cub(folder, split):
-    """CUB-200-2011, zero-shot split of Reed et al.: 8,855 and 2,933 images."""
+    """Load 8,855 train or 2,933 test images, split as by Reed et al."""
     base = fetch("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
                  folder, "CUB_200_2011", "97eceeb196236b17998738112f37df78")
     name = "text_c10" if (folder / "text_c10").exists() else "text"    # Reed's archive or a copy
     captions = fetch("https://huggingface.co/datasets/alkzar90/CC6204-Hackaton-Cub-Dataset/resolve/"
                      "main/data/text.zip", folder, name)
     names = np.loadtxt(base / "images.txt", str)[:, 1]
-    boxes = np.loadtxt(base / "bounding_boxes.txt").astype(int)
-    records = []
-    for name, (_, x, y, w, h) in zip(names, boxes):
-        label = int(name[:3])
-        if (label in CUB_TEST) == (split == "test"):
-            # StackGAN, DF-GAN: a square of 1.5 times the longer side of the bounding box
-            cx, cy, r = x + w // 2, y + h // 2, int(max(w, h) * 0.75)
-            bbox = cx - r, cy - r, cx + r, cy + r
-            text = read_captions((captions / name).with_suffix(".txt"))
-            records.append(Record(base / "images" / name, text, label, bbox))
-    return records
+    x, y, w, h = np.loadtxt(base / "bounding_boxes.txt").astype(int).T[1:]
+    # StackGAN, DF-GAN: a square of 1.5 times the longer side of the bounding box
+    cx, cy, r = x + w // 2, y + h // 2, np.maximum(w, h) * 3 // 4
+    return [Record(base / "images" / name, read_captions((captions / name).with_suffix(".txt")),
+                   int(name[:3]), bbox)
+            for name, *bbox in zip(names, cx - r, cy - r, cx + r, cy + r)
+            if (int(name[:3]) in CUB_TEST) == (split == "test")]
 
 def coco(folder, split):
-    """COCO 2014, five captions an image: 82,783 and 40,504 images."""
+    """Load 82,783 train or 40,504 test images, five captions each."""
     part, md5 = {"train": ("train2014", "0da8c0bd3d6becc4dcb32757491aca88"),
                  "test": ("val2014", "a3d79f5ed8d289b7a7554ce06a5782b3")}[split]
     url = "http://images.cocodataset.org/"    # https fails: its certificate is not valid
@@ -142,20 +138,17 @@ def coco(folder, split):
             for image in table["images"]]
 
 def image_folder(folder, split):
-    """A folder. Every tenth image is a test image; below 20, all are in both sets."""
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; other values of --data: toy, flowers, cub, coco")
+    """Load a folder. Every tenth image is a test image; below 20, all are in both sets."""
     records = [Record(path, read_captions(path.with_suffix(".txt")), str(path.parent))
                for path in sorted(folder.rglob("*"))
                if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")]
     captioned = [r for r in records if r.captions]
-    found = f"{folder}: {len(captioned)} of {len(records)} images have captions"
+    print(f"{folder}: {len(captioned)} of {len(records)} images have captions")
     if len(captioned) < 2:
-        raise UserError(f"{found}; a folder needs 2 or more, photo.jpg beside photo.txt")
-    print(found)
-    if len(captioned) < 20:
-        return captioned
-    return [r for i, r in enumerate(captioned) if (i % 10 == 9) == (split == "test")]
+        raise UserError(f"{folder} is not toy, flowers, cub, coco or a folder with 2 or more "
+                        "photo.jpg beside photo.txt")
+    return [r for i, r in enumerate(captioned)
+            if len(captioned) < 20 or (i % 10 == 9) == (split == "test")]
 
 # ---- Toy flowers
 
@@ -167,7 +160,7 @@ CENTRES = dict(
     red=(190, 35, 45), black=(35, 32, 36))
 BACKGROUNDS = dict(leaves=(30, 62, 34), soil=(112, 86, 66), sky=(175, 200, 222))
 PETAL_COUNTS = dict(three=3, four=4, six=6, nine=9)
-TEMPLATES = [    # single attributes more often, counts most: they are the hardest
+TEMPLATES = [    # counts most often: they are the hardest
     *["a flower with {count} petals"] * 4,
     *["a {petal} flower", "a flower with a {centre} centre"] * 2,
     "a flower with {count} {petal} petals",
@@ -176,7 +169,7 @@ TEMPLATES = [    # single attributes more often, counts most: they are the harde
     "{count} {petal} petals around a {centre} centre"]
 
 def toy(folder, split):
-    """Flowers, 27 of each combination; of each petal colour, one centre is in the test set only."""
+    """Load 27 flowers of each combination. Each petal colour has one centre for the test only."""
     records, rng = [], np.random.default_rng([0, split == "test"])
     for (i, petal), (j, centre), count, _ in itertools.product(
             enumerate(PETALS), enumerate(CENTRES), PETAL_COUNTS, range(27)):
@@ -189,13 +182,12 @@ def toy(folder, split):
 def render_flower(attributes, side):
     """Return one toy flower, (side, side, 3) uint8."""
     rng = np.random.default_rng(attributes["seed"])
-    background = BACKGROUNDS[rng.choice([*BACKGROUNDS])]
+    image = np.full((side, side, 3), rng.choice([*BACKGROUNDS.values()]), float)
     y, x = np.mgrid[0:side, 0:side] / side - 0.5 + rng.uniform(-0.03, 0.03, (2, 1, 1))
     r, angle = np.hypot(x, y), np.arctan2(y, x) + rng.uniform(-0.15, 0.15)
     radius = rng.uniform(0.36, 0.46)
     # 1 along the middle of a petal, 0 between two petals
     lobe = np.abs(np.cos(PETAL_COUNTS[attributes["count"]] * angle / 2)) ** 0.8
-    image = np.tile(np.array(background, float), (side, side, 1))
     for colour, inside, light in (
             (PETALS[attributes["petal"]], radius * (0.25 + 0.75 * lobe) - r, 0.8 + 0.24 * lobe),
             (CENTRES[attributes["centre"]], 0.3 * radius - r, 1.05 - 0.3 * r / radius)):
@@ -219,23 +211,24 @@ def classify_toy(images):
     petal = colour[:, (r > 0.14) & (r < 0.25)].mode(1)[0]
     centre = nearest(pixels[:, r < 0.06], CENTRES).mode(1)[0]
     mask = (colour == petal[:, None, None]) & (r < 0.48)
-    middle = (mask * position).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+    middle = (mask * position).sum((1, 2)) / mask.sum((1, 2))
     wave = mask * (position - middle[:, None, None]).sgn()    # exp(i angle)
     count = torch.stack([(wave ** k).sum((1, 2)).abs() for k in PETAL_COUNTS.values()], 1)
     return [dict(petal=[*PETALS, *BACKGROUNDS][p], centre=[*CENTRES][c], count=[*PETAL_COUNTS][k])
             for p, c, k in zip(petal, centre, count.argmax(1))]
 
 def attribute_accuracy(images, captions, dataset):
-    """Return how often toy images, batches (B, 3, S, S), show what their captions, batches of
-    numbers, name."""
-    right = dict(petal=[], centre=[], count=[])
+    """Return how often toy images have the attributes that their captions name.
+
+    images, captions: batches (B, 3, S, S) and (B,), caption numbers."""
+    hits = dict(petal=[], centre=[], count=[])
     for x, numbers in zip(images, captions):
         for shown, i in zip(classify_toy(x), numbers):
-            attributes = dataset.records[dataset.caption_owners[i]].attributes
-            for name, hits in right.items():
-                if attributes[name] in dataset.captions[i]:
-                    hits.append(shown[name] == attributes[name])
-    return {name: sum(hits) / max(1, len(hits)) for name, hits in right.items()}
+            true = dataset.records[dataset.caption_owners[i]].attributes
+            for name in hits:
+                if true[name] in dataset.captions[i]:
+                    hits[name].append(shown[name] == true[name])
+    return {name: sum(hit) / max(1, len(hit)) for name, hit in hits.items()}
 
 # ---- Images
 
@@ -245,18 +238,17 @@ def load_image(record, side):
         return render_flower(record.attributes, side).transpose(2, 0, 1)
     try:
         image = ImageOps.exif_transpose(Image.open(record.path))
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
         if record.bbox:
             image = image.crop(np.clip(record.bbox, 0, image.size * 2).tolist())
+        white = Image.new("RGBA", image.size, "white")    # behind transparent pixels
+        image = Image.alpha_composite(white, image.convert("RGBA"))
         image = ImageOps.fit(image.convert("RGB"), (side, side), Image.BILINEAR)
-    except Exception as error:    # Pillow raises many types
-        raise UserError(f"cannot read the image {record.path} ({error}); remove it") from None
+    except Exception as error:
+        raise UserError(f"cannot read the image {record.path} ({error}); remove it")
     return np.asarray(image).transpose(2, 0, 1)
 
 def load_images(records, side, label):
-    """Decode images in parallel and yield them in blocks, (n, 3, side, side) uint8."""
+    """Decode images in parallel, yield them in blocks (n, 3, side, side) uint8."""
     bar = Progress(len(records), label)
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(records), 64):
@@ -280,12 +272,11 @@ class CaptionDataset:
             with atomic_write(decoded) as part, open(part, "wb") as file:
                 for block in load_images(records, side, f"decoding {decoded.name}"):
                     file.write(block.tobytes())
-        pixels = torch.from_file(str(decoded), True, decoded.stat().st_size, dtype=torch.uint8)
-        self.images = pixels.view(len(records), 3, side, side)
-        classes, index = np.unique([str(r.label) for r in records], return_inverse=True)
-        if len(classes) == 1:    # no classes: each image is one
-            index = np.arange(len(records))
-        self.classes = torch.from_numpy(index)
+        self.images = torch.from_numpy(np.memmap(decoded, shape=(len(records), 3, side, side)))
+        classes = np.unique([str(r.label) for r in records], return_inverse=True)[1]
+        if not classes.any():    # a single class: each image is its own
+            classes = np.arange(len(records))
+        self.classes = torch.from_numpy(classes)
         self.captions = [caption for r in records for caption in r.captions]
         self.caption_counts = torch.tensor([len(r.captions) for r in records])
         self.caption_offsets = self.caption_counts.cumsum(0) - self.caption_counts
@@ -307,7 +298,7 @@ class CaptionDataset:
 
     def first_captions(self, n):
         """Return the first captions of n images, spread over the dataset."""
-        return [self.captions[i] for i in self.caption_offsets[::max(1, len(self) // n)][:n]]
+        return [r.captions[0] for r in self.records[::max(1, len(self) // n)][:n]]
 
 DATASETS = dict(toy=toy, flowers=flowers, cub=cub, coco=coco)
 
@@ -334,41 +325,39 @@ def sample_other_class(by_class, counts, classes, k, rng):
     return by_class[pick + size * (pick >= start)]    # skips the own class
 
 class Batches:
-    """Random batches as a pure function of (seed, step): a resumed run sees the same ones.
+    """Draw batches as a pure function of (seed, step): a resumed run sees the same ones.
 
-    An epoch is a permutation of the images, without an incomplete last batch. Each process gets
-    its part of a batch. rolled: wrong captions are the batch's, rolled by one, not of other
-    classes."""
+    An epoch is a permutation of the images, without an incomplete last batch. Each rank gets its
+    part of a batch. Wrong captions are of other classes; rolled: the batch's, rolled by one."""
+
     def __init__(self, dataset, batch_size, seed=0, device="cpu", captions_per_image=1, rank=0,
                  world_size=1, rolled=False):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.device, self.k = torch.device(device), captions_per_image
+        self.device, self.k, self.rolled = device, captions_per_image, rolled
         self.rank, self.world_size, self.epoch = rank, world_size, None
-        self.images, self.rolled = dataset.images, rolled
-        if self.device.type == "cuda":    # on the GPU, if they fit into a third of its memory
-            if self.images.numel() < torch.cuda.mem_get_info(self.device)[1] / 3:
-                self.images = self.images.to(self.device)
+        self.images, self.cuda = dataset.images, torch.device(device).type == "cuda"
+        if self.cuda and self.images.numel() < torch.cuda.mem_get_info(device)[1] / 3:
+            self.images = self.images.to(device)    # they fit into a third of its memory
         self.by_class = dataset.classes.argsort(stable=True), dataset.classes.bincount()
 
     def __len__(self):
         return max(1, len(self.dataset) // self.batch_size)
 
     def __call__(self, step):
-        """Return images (B, 3, S, S) in [-1, 1], and numbers (B, k) of their captions and of wrong
-        ones."""
+        """Return images (B, 3, S, S) in [-1, 1], caption numbers (B, k) and wrong ones (B, k)."""
+        dataset, size = self.dataset, self.dataset.size
         epoch, batch = divmod(step, len(self))
-        rng, size = torch.Generator().manual_seed(self.seed * 2**20 + epoch), self.dataset.size
+        rng = torch.Generator().manual_seed(self.seed * 2**20 + epoch)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, torch.randperm(len(self.dataset), generator=rng)
-        index = (batch * self.batch_size + torch.arange(self.batch_size)) % len(self.order)
+            self.epoch, self.order = epoch, torch.randperm(len(dataset), generator=rng)
+        index = (batch * self.batch_size + torch.arange(self.batch_size)) % len(dataset)
         index = self.order[index]
         rng.manual_seed((self.seed * 2**20 + step) ^ 0x5DEECE66D)
-        other = sample_other_class(*self.by_class, self.dataset.classes[index], 1, rng)[:, 0]
+        other = sample_other_class(*self.by_class, dataset.classes[index], 1, rng)[:, 0]
         corner = torch.randint(self.images.shape[-1] - size + 1, (len(index), 2), generator=rng)
         flip = torch.randint(2, (len(index), 1), generator=rng)
-        captions = self.dataset.sample_captions(index, self.k, rng)
-        wrong = self.dataset.sample_captions(other, self.k, rng)
-        wrong = captions.roll(1, 0) if self.rolled else wrong
+        captions = dataset.sample_captions(index, self.k, rng)
+        wrong = captions.roll(1, 0) if self.rolled else dataset.sample_captions(other, self.k, rng)
         rows = torch.cat((index[:, None], corner, flip, captions, wrong), 1)
         rows = rows.chunk(self.world_size)[self.rank]
         on_device = self.to_device(rows)    # one copy: small ones block the host
@@ -376,11 +365,11 @@ class Batches:
         windows = self.images.unfold(2, size, 1).unfold(3, size, 1)    # a view: all crops
         images = windows[index, :, top, left]
         images = torch.where(flip.bool()[:, None, None, None], images.flip(3), images)
-        images = self.to_device(images).float().div_(127.5).sub_(1)
+        images = self.to_device(images).float() / 127.5 - 1
         return images, *on_device[:, 4:].chunk(2, 1)
 
     def to_device(self, x):
-        """Copy a tensor to the device; to a GPU, without blocking."""
-        if self.device.type == "cuda" and not x.is_cuda:
+        """Copy to the device; to a GPU, without blocking."""
+        if self.cuda and not x.is_cuda:
             x = x.pin_memory()
         return x.to(self.device, non_blocking=True)
