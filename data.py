@@ -90,8 +90,8 @@ def read_captions(path):
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 def flowers(folder, split):
-    """Load 7,034 train or 1,155 test images, split as by Reed et al."""
-    # needs a browser or gdown; the part after # only names the archive
+    """Load Oxford-102: 7,034 train or 1,155 test images, split as by Reed et al."""
+    # Needs a browser or gdown. The part after # is the name of the archive
     captions = fetch("https://drive.google.com/file/d/0B0ywwgffWnLLcms2WWJQRFNSWXM/view?"
                      "resourcekey=0-Av8zFbeDDvNcF1sSjDR32w#/cvpr2016_flowers.tar.gz",
                      folder, "text_c10")
@@ -107,7 +107,7 @@ CUB_TEST = {    # the 50 test classes of Reed et al.
     183, 185, 186, 187, 197}
 
 def cub(folder, split):
-    """Load 8,855 train or 2,933 test images, split as by Reed et al."""
+    """Load CUB-200-2011: 8,855 train or 2,933 test images, split as by Reed et al."""
     base = fetch("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
                  folder, "CUB_200_2011", "97eceeb196236b17998738112f37df78")
     name = "text_c10" if (folder / "text_c10").exists() else "text"    # Reed's archive or a copy
@@ -123,7 +123,7 @@ def cub(folder, split):
             if (int(name[:3]) in CUB_TEST) == (split == "test")]
 
 def coco(folder, split):
-    """Load 82,783 train or 40,504 test images, five captions each."""
+    """Load COCO 2014: 82,783 train or 40,504 test images, five captions each."""
     part, md5 = {"train": ("train2014", "0da8c0bd3d6becc4dcb32757491aca88"),
                  "test": ("val2014", "a3d79f5ed8d289b7a7554ce06a5782b3")}[split]
     url = "http://images.cocodataset.org/"    # https fails: its certificate is not valid
@@ -169,7 +169,7 @@ TEMPLATES = [    # counts most often: they are the hardest
     "{count} {petal} petals around a {centre} centre"]
 
 def toy(folder, split):
-    """Load 27 flowers of each combination. Each petal colour has one centre for the test only."""
+    """Load 27 flowers of each combination. One centre of each petal colour is for testing only."""
     records, rng = [], np.random.default_rng([0, split == "test"])
     for (i, petal), (j, centre), count, _ in itertools.product(
             enumerate(PETALS), enumerate(CENTRES), PETAL_COUNTS, range(27)):
@@ -337,7 +337,7 @@ class Batches:
         self.rank, self.world_size, self.epoch = rank, world_size, None
         self.images, self.cuda = dataset.images, torch.device(device).type == "cuda"
         if self.cuda and self.images.numel() < torch.cuda.mem_get_info(device)[1] / 3:
-            self.images = self.images.to(device)    # they fit into a third of its memory
+            self.images = self.images.to(device)    # if they take less than a third of its memory
         self.by_class = dataset.classes.argsort(stable=True), dataset.classes.bincount()
 
     def __len__(self):
