@@ -1,6 +1,6 @@
 """Text encoders, their training, evaluation, and what every run needs.
 
-    python common.py --encoder damsm --data flowers    # trains a text encoder
+    python common.py --encoder damsm --data flowers  # trains a text encoder
 
 char-cnn-rnn: Reed et al., CVPR 2016, arXiv 1605.05395, 1024-d, for gan_cls.py and stackgan.py
 damsm: AttnGAN, Xu et al., CVPR 2018, arXiv 1711.10485, 256-d, for dfgan.py
@@ -42,7 +42,7 @@ def init_distributed(device):
         if device == "cuda":
             backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))    # rank 0 prepares
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # rank 0 prepares
         if rank() > 0:
             sys.stdout, Progress.enabled = open(os.devnull, "w"), False
     return device
@@ -58,7 +58,7 @@ def reduce_mean(x):
 def main_process_first():
     """Run the block on rank 0, then on the others, which find its files."""
     if rank() > 0:
-        reduce_mean(torch.zeros(1))    # waits for rank 0
+        reduce_mean(torch.zeros(1))  # waits for rank 0
     yield
     if rank() == 0:
         reduce_mean(torch.zeros(1))
@@ -85,7 +85,7 @@ def run(main):
     """Run main() and return its exit status, 2 after a user error."""
     try:
         return main()
-    except (UserError, OSError) as error:    # OSError: no network, a full disk
+    except (UserError, OSError) as error:  # OSError: no network, a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -95,14 +95,11 @@ class GracefulStop:
     """Catch Ctrl-C and SIGTERM: requested() is then true in all processes."""
     def __init__(self):
         self.signal = 0
-        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def close(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if self.signal and world_size() == 1:    # torchrun repeats signals
+        if self.signal and world_size() == 1:  # torchrun repeats signals
             sys.exit(128 + number)
         self.signal = number
         print("\nsaving; run the same command to resume", file=sys.stderr)
@@ -120,7 +117,7 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, kind):
     """Return a checkpoint of this kind."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)    # runs no code
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         assert state["kind"] == kind, state["kind"]
     except Exception as error:
         raise UserError(f"{path} is no {kind} checkpoint ({str(error)[:99]})")
@@ -202,7 +199,7 @@ def parse_args(parser, presets, fixed, argv=None):
     if args.batch_size % world_size():
         parser.error(f"--batch-size must be a multiple of the {world_size()} processes")
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True    # shapes are constant
+    torch.backends.cudnn.benchmark = True  # shapes are constant
     return args, checkpoint
 
 # ---- Text encoders
@@ -210,7 +207,7 @@ def parse_args(parser, presets, fixed, argv=None):
 class TextEncoder(nn.Module):
     """tokenize(captions) -> integers (B, T); embed(tokens) -> sentence embeddings (B, dim).
 
-    config, part of the state dict: "vocabulary", "min_prompt_length"."""
+    config, part of the state dict: "vocabulary", "min_prompt_length", "scale"."""
     def get_extra_state(self):
         return self.config
 
@@ -225,7 +222,7 @@ class TextEncoder(nn.Module):
         for i in range(0, len(captions), 256):
             rows.append(self.embed(self.tokenize(captions[i:i + 256]).to(device)))
             bar.update(len(rows[-1]))
-        return torch.cat(rows)
+        return torch.cat(rows) * self.config.get("scale", 1)
 
     def encode_prompts(self, captions):
         """Return the embeddings of typed captions, (N, dim).
@@ -233,20 +230,16 @@ class TextEncoder(nn.Module):
         Short ones are repeated up to the usual training length: CharCNNRNN saw few blanks."""
         captions = [captions] if isinstance(captions, str) else captions
         for caption in captions:
-            parts = self.split(caption)
-            unknown = [part for part in parts if part not in self.numbers]
-            message = f"unknown to the text encoder: {' '.join(unknown)}"
-            if unknown == parts:
-                raise UserError(message)
+            unknown = [part for part in self.split(caption) if part not in self.numbers]
             if unknown:
-                print("warning:", message)
+                print("warning: unknown to the encoder:", *unknown)
         n = self.config.get("min_prompt_length", 0) + 1
         return self.encode([" ".join([c] * max(1, n // (len(c) + 1))) for c in captions])
 
 class CharCNNRNN(TextEncoder):
     """Characters -> (B, 1024): three convolutions, a gated recurrence, the mean of its states."""
     alphabet = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
-    numbers = {c: i for i, c in enumerate(alphabet, 1)}    # of the two "-" the second counts
+    numbers = {c: i for i, c in enumerate(alphabet, 1)}  # of the two "-" the second counts
     dim = 1024
 
     def __init__(self, widths=(384, 512, 512)):
@@ -269,10 +262,10 @@ class CharCNNRNN(TextEncoder):
         return torch.tensor([[self.numbers.get(c, 0) for c in row] for row in rows])
 
     def embed(self, tokens):
-        x = F.one_hot(tokens, 71)[:, :, 1:].float().mT    # (B, 70, 201)
-        x = F.max_pool1d(F.threshold(self.conv1(x), 1e-6, 0), 3)    # (B, 384, 66)
-        x = F.max_pool1d(F.threshold(self.conv2(x), 1e-6, 0), 3)    # (B, 512, 21)
-        x = F.threshold(self.conv3(x), 1e-6, 0).mT    # (B, 18, 512)
+        x = F.one_hot(tokens, 71)[:, :, 1:].float().mT  # (B, 70, 201)
+        x = F.max_pool1d(F.threshold(self.conv1(x), 1e-6, 0), 3)  # (B, 384, 66)
+        x = F.max_pool1d(F.threshold(self.conv2(x), 1e-6, 0), 3)  # (B, 512, 21)
+        x = F.threshold(self.conv3(x), 1e-6, 0).mT  # (B, 18, 512)
         rnn = self.rnn
         new, update, reset = rnn.i2h(x), rnn.i2h_update(x), rnn.i2h_reset(x)
         h = total = new[:, 0].tanh()
@@ -282,7 +275,7 @@ class CharCNNRNN(TextEncoder):
             # z weighs the candidate: the opposite of torch.nn.GRU
             h = z * (new[:, t] + rnn.h2h(r * h)).tanh() + (1 - z) * h
             total = total + h
-        return self.emb_proj(total / x.shape[1])    # (B, 1024)
+        return self.emb_proj(total / x.shape[1])  # (B, 1024)
 
 class DAMSMTextEncoder(TextEncoder):
     """Words -> features (B, 256, T) and sentence (B, 256), the last states of a bi-LSTM.
@@ -331,7 +324,7 @@ def text_encoder_from_state_dict(state):
 
 # ---- Losses of the text encoders
 
-GAMMA1, GAMMA2, GAMMA3 = 4, 5, 10    # of DAMSM
+GAMMA1, GAMMA2, GAMMA3 = 4, 5, 10  # of DAMSM
 
 def symmetric_loss(loss, score, classes):
     """Return a loss over the rows plus over the columns of score (B, B), right pairs on the
@@ -353,13 +346,13 @@ def sentence_loss(image, sentence, classes):
 def word_loss(regions, words, lengths, classes):
     """DAMSM loss between regions (B, 256, N) and words (B, 256, T), of which lengths (B,) count
     (AttnGAN, eq. 7-12): each word attends to the regions of every image."""
-    padding = torch.arange(words.shape[2], device=words.device) >= lengths[:, None]    # (B, T)
-    score = torch.einsum("idn,jdt->ijnt", regions, words)    # of image i and caption j
-    attention = score.masked_fill(padding[:, None], -torch.inf).softmax(3)    # eq. 8
-    attention = (GAMMA1 * attention).softmax(2)    # eq. 9
+    padding = torch.arange(words.shape[2], device=words.device) >= lengths[:, None]  # (B, T)
+    score = torch.einsum("idn,jdt->ijnt", regions, words)  # of image i and caption j
+    attention = score.masked_fill(padding[:, None], -torch.inf).softmax(3)  # eq. 8
+    attention = (GAMMA1 * attention).softmax(2)  # eq. 9
     context = torch.einsum("ijnt,idn->ijtd", attention, regions)
-    norms = context.norm(dim=3) * words.norm(dim=1)    # of padding 0
-    cosine = (score * attention).sum(2) / norms.clamp(min=1e-6)    # context.word / norms, (B, B, T)
+    norms = context.norm(dim=3) * words.norm(dim=1)  # of padding 0
+    cosine = (score * attention).sum(2) / norms.clamp(min=1e-6)  # context.word / norms, (B, B, T)
     # eq. 10; released code, as here: without the root of 1 / GAMMA2
     match = (GAMMA2 * cosine).masked_fill(padding, -torch.inf).logsumexp(2)
     return symmetric_loss(F.cross_entropy, GAMMA3 * match, classes)
@@ -390,7 +383,7 @@ class FIDInception(nn.Module):
     @torch.no_grad()
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def forward(self, x):
-        self.x = F.interpolate(x, 299, mode="bilinear")    # the input of the next layer
+        self.x = F.interpolate(x, 299, mode="bilinear")  # the input of the next layer
         for name, layer in self.net.named_children():
             self.x = layer(self.x)
             if name == "Mixed_6e":
@@ -423,20 +416,11 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x):
         if self.cnn:
-            x = self.cnn(x)    # (B, 128, 4, 4)
+            x = self.cnn(x)  # (B, 128, 4, 4)
             return self.embed(x.mean((2, 3))), self.local_proj(x.flatten(2))
         return self.embed(x[:, :2048]), self.local_proj(x[:, 2048:].unflatten(1, (768, 36)))
 
 # ---- Training of the text encoders
-
-@torch.no_grad()
-def fold_batch_norm(encoder, norm, captions):
-    """Fold the norm into the last layer and scale embeddings to an RMS length of 1. At 32 the text
-    swamps z: G draws one image per caption."""
-    encoder.emb_proj = layer = nn.utils.fuse_linear_bn_eval(encoder.emb_proj, norm)
-    rms = encoder.encode(captions[::len(captions) // 1000 + 1]).square().sum(1).mean().sqrt()
-    layer.weight /= rms
-    layer.bias /= rms
 
 def train_text_encoder(kind, name, root, device, path, iterations=None, features=None):
     """Train a text encoder on a dataset and save it with its image encoder."""
@@ -447,7 +431,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     iterations = iterations or (1000 if toy else min(max(len(train_set), 300), 3000))
     print(f"common.py trains {path}: {iterations} iterations, {features} image features")
     torch.manual_seed(0)
-    if char:    # released code: RMSprop 7e-4, no norms; this learns faster
+    if char:
         lr, decay, betas, batch_size = 1e-3 if toy else 3e-4, 0.02, (0.9, 0.999), 40
         encoder = CharCNNRNN((96, 128, 128) if toy else (384, 512, 512))
         sizes = sorted(map(len, train_set.captions))
@@ -459,7 +443,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     image_encoder = ImageEncoder(encoder.dim, small)
     norm = nn.BatchNorm1d(encoder.dim).requires_grad_(False)
     if char:
-        nn.init.zeros_(image_encoder.global_proj.weight)    # all scores start at 0
+        nn.init.zeros_(image_encoder.global_proj.weight)  # all scores start at 0
     nets = nn.ModuleList([encoder, image_encoder, norm]).to(device)
     optimizer = torch.optim.Adam(nets.parameters(), lr, betas)
     inputs = None if small else inception_features(train_set, device)
@@ -489,14 +473,17 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
         bar.update()
     nets.eval()
     if char:
-        fold_batch_norm(encoder, norm, train_set.captions)
+        encoder.emb_proj = nn.utils.fuse_linear_bn_eval(encoder.emb_proj, norm)
+    # RMS length. At 32, the text swamps z in Reed's G; at 2, MA-GP keeps D from using the text
+    x = encoder.encode(train_set.captions[::len(train_set.captions) // 1000 + 1])
+    encoder.config["scale"] = ((1 if char else 5) / x.square().sum(1).mean().sqrt()).item()
     save_checkpoint(path, {
         "kind": "text encoder", "data": name, "iterations": iterations, "features": features,
         "text_encoder": encoder, "image_encoder": image_encoder})
 
 # ---- Choice of the text encoder
 
-PRETRAINED = {    # released DAMSM encoders; the start of a file's sha256, if known
+PRETRAINED = {  # released DAMSM encoders; the start of a file's sha256, if known
     "cub": ("https://raw.githubusercontent.com/taoxugit/AttnGAN/master/eval/data/",
             {"captions.pickle": "84e9f81218102873", "text_encoder200.pth": "d7278a9b4801633e"}),
     "coco": ("https://huggingface.co/mediasynthesismuseum/attngan-coco/resolve/main/",
@@ -533,7 +520,7 @@ def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None):
     if not path and kind == "damsm" and name in PRETRAINED:
         url, files = PRETRAINED[name]
         for file, sha256 in files.items():
-            path = Path(root, name, kind, file)    # the last is the encoder
+            path = Path(root, name, kind, file)  # the last is the encoder
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 torch.hub.download_url_to_file(url + file, path, sha256)
@@ -569,7 +556,7 @@ def frechet_distance(x, y):
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), of means and covariances."""
     x, y = x.double(), y.double()
     cov1, cov2 = torch.cov(x.T), torch.cov(y.T)
-    root = torch.linalg.eigvals(cov1 @ cov2).sqrt().real.sum()    # its trace
+    root = torch.linalg.eigvals(cov1 @ cov2).sqrt().real.sum()  # its trace
     distance = (x.mean(0) - y.mean(0)).square().sum() + (cov1 + cov2).trace() - 2 * root
     return distance.item()
 
@@ -578,11 +565,11 @@ def r_precision(image, captions, text, classes):
     other classes (AttnGAN, section 4.1). text (M, D), classes (M,): of all captions."""
     rng, counts = torch.Generator().manual_seed(0), classes.bincount()
     wrong = data.sample_other_class(classes.argsort(), counts, classes[captions], 99, rng)
-    candidates = torch.cat((captions[:, None], wrong), 1)    # (N, 100)
+    candidates = torch.cat((captions[:, None], wrong), 1)  # (N, 100)
     hits = 0
     for x, c in zip(image.split(64), candidates.split(64)):
         score = F.cosine_similarity(x[:, None], text[c], 2)
-        hits += (score[:, 0] >= score.amax(1) - 1e-6).sum().item()    # equal captions are right
+        hits += (score[:, 0] >= score.amax(1) - 1e-6).sum().item()  # equal captions are right
     return hits / len(image)
 
 def evaluation_captions(dataset, num_samples):
@@ -595,8 +582,8 @@ def evaluate(images, captions, groups, test_set, device, r_precision_encoder=Non
     """Return a dict of metrics of images, batches (B, 3, S, S) drawn from `captions`.
 
     groups: batches of 8 images of one caption, for the diversity."""
-    if test_set.name == "toy":    # no download
-        metrics = data.attribute_accuracy(images, captions, test_set)
+    if test_set.name == "toy":  # no download
+        metrics = data.attribute_accuracy(torch.cat([*images]), torch.cat(captions), test_set)
         print(metrics)
         return metrics
     net = FIDInception().to(device)

@@ -2,7 +2,7 @@
 
     train_set = load_dataset("flowers", "train", size=64)
     batches = Batches(train_set, batch_size=64, device="cuda")
-    images, captions, wrong = batches(step=0)    # captions, wrong: caption numbers
+    images, captions, wrong = batches(step=0)  # captions, wrong: caption numbers
 
 toy, flowers (Oxford-102), cub (CUB-200-2011), coco (COCO 2014), or a folder of photo.jpg beside
 photo.txt, one caption a line. In toy, flowers and cub the test classes are unseen.
@@ -28,10 +28,10 @@ class UserError(Exception):
     """A mistake that the user can correct."""
 
 class Record(NamedTuple):
-    path: Path | None    # None: a toy flower
+    path: Path | None  # None: a toy flower
     captions: list
     label: int | str
-    bbox: list | None = None    # left, top, right, bottom
+    bbox: list | None = None  # left, top, right, bottom
     attributes: dict | None = None
 
 class Progress:
@@ -73,12 +73,12 @@ def fetch(url, folder, name, md5=None):
     if target.exists():
         return target
     try:
-        download_url(url, folder, archive.name, md5)    # skips an archive with this md5
+        download_url(url, folder, archive.name, md5)  # skips an archive with this md5
         with tempfile.TemporaryDirectory(dir=folder) as temp:
             # "data" refuses paths that lead outside; shutil skips those of a zip
             options = {} if archive.suffix == ".zip" else {"filter": "data"}
             shutil.unpack_archive(archive, temp, **options)
-            min(Path(temp).rglob(name), key=lambda path: len(path.parts)).rename(target)
+            next(Path(temp).rglob(name)).rename(target)
     except Exception as error:
         raise UserError(
             f"cannot get {name} ({error}); save {url} as {archive}, or delete it if damaged")
@@ -101,7 +101,7 @@ def flowers(folder, split):
             for path in sorted(captions.glob("class_*/image_*.txt"))
             if (path.parent.name <= "class_00020") == (split == "test")]
 
-CUB_TEST = {    # the 50 test classes of Reed et al.
+CUB_TEST = {  # the 50 test classes of Reed et al.
     1, 4, 6, 8, 9, 14, 23, 29, 31, 33, 34, 35, 36, 37, 38, 43, 49, 51, 53, 66, 72, 79, 83, 84, 86,
     91, 95, 96, 98, 101, 102, 103, 112, 114, 119, 121, 130, 135, 138, 147, 156, 163, 165, 166, 180,
     183, 185, 186, 187, 197}
@@ -110,7 +110,7 @@ def cub(folder, split):
     """Load CUB-200-2011: 8,855 train or 2,933 test images, split as by Reed et al."""
     base = fetch("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
                  folder, "CUB_200_2011", "97eceeb196236b17998738112f37df78")
-    name = "text_c10" if (folder / "text_c10").exists() else "text"    # Reed's archive or a copy
+    name = "text_c10" if (folder / "text_c10").exists() else "text"  # Reed's archive or a copy
     captions = fetch("https://huggingface.co/datasets/alkzar90/CC6204-Hackaton-Cub-Dataset/resolve/"
                      "main/data/text.zip", folder, name)
     names = np.loadtxt(base / "images.txt", str)[:, 1]
@@ -126,14 +126,14 @@ def coco(folder, split):
     """Load COCO 2014: 82,783 train or 40,504 test images, five captions each."""
     part, md5 = {"train": ("train2014", "0da8c0bd3d6becc4dcb32757491aca88"),
                  "test": ("val2014", "a3d79f5ed8d289b7a7554ce06a5782b3")}[split]
-    url = "http://images.cocodataset.org/"    # https fails: its certificate is not valid
+    url = "http://images.cocodataset.org/"  # https fails: its certificate is not valid
     notes = fetch(url + "annotations/annotations_trainval2014.zip", folder, "annotations",
                   "0a379cfc70b0e71301e0f377548639bd")
     images = fetch(url + f"zips/{part}.zip", folder, part, md5)
     table = json.loads((notes / f"captions_{part}.json").read_text())
     captions = {}
     for note in table["annotations"]:
-        captions.setdefault(note["image_id"], []).append(" ".join(note["caption"].split()))
+        captions.setdefault(note["image_id"], []).append(note["caption"].strip())
     return [Record(images / image["file_name"], captions[image["id"]][:5], image["id"])
             for image in table["images"]]
 
@@ -141,12 +141,11 @@ def image_folder(folder, split):
     """Load a folder. Every tenth image is a test image; below 20, all are in both sets."""
     records = [Record(path, read_captions(path.with_suffix(".txt")), str(path.parent))
                for path in sorted(folder.rglob("*"))
-               if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")]
+               if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
     captioned = [r for r in records if r.captions]
     print(f"{folder}: {len(captioned)} of {len(records)} images have captions")
     if len(captioned) < 2:
-        raise UserError(f"{folder} is not toy, flowers, cub, coco or a folder with 2 or more "
-                        "photo.jpg beside photo.txt")
+        raise UserError(f"{folder} is no dataset and no folder of photo.jpg beside photo.txt")
     return [r for i, r in enumerate(captioned)
             if len(captioned) < 20 or (i % 10 == 9) == (split == "test")]
 
@@ -160,7 +159,7 @@ CENTRES = dict(
     red=(190, 35, 45), black=(35, 32, 36))
 BACKGROUNDS = dict(leaves=(30, 62, 34), soil=(112, 86, 66), sky=(175, 200, 222))
 PETAL_COUNTS = dict(three=3, four=4, six=6, nine=9)
-TEMPLATES = [    # counts most often: they are the hardest
+TEMPLATES = [  # counts most often: they are the hardest
     *["a flower with {count} petals"] * 4,
     *["a {petal} flower", "a flower with a {centre} centre"] * 2,
     "a flower with {count} {petal} petals",
@@ -186,12 +185,12 @@ def render_flower(attributes, side):
     y, x = np.mgrid[0:side, 0:side] / side - 0.5 + rng.uniform(-0.03, 0.03, (2, 1, 1))
     r, angle = np.hypot(x, y), np.arctan2(y, x) + rng.uniform(-0.15, 0.15)
     radius = rng.uniform(0.36, 0.46)
-    # 1 along the middle of a petal, 0 between two petals
+    # 1 in the middle of a petal, 0 between two
     lobe = np.abs(np.cos(PETAL_COUNTS[attributes["count"]] * angle / 2)) ** 0.8
     for colour, inside, light in (
             (PETALS[attributes["petal"]], radius * (0.25 + 0.75 * lobe) - r, 0.8 + 0.24 * lobe),
             (CENTRES[attributes["centre"]], 0.3 * radius - r, 1.05 - 0.3 * r / radius)):
-        mask = np.clip(inside * side + 0.5, 0, 1)[..., None]    # edges are soft over one pixel
+        mask = np.clip(inside * side + 0.5, 0, 1)[..., None]  # soft edges
         image += mask * (np.array(colour) * light[..., None] + rng.normal(0, 7, 3) - image)
     return np.clip(image, 0, 255).astype(np.uint8)
 
@@ -207,27 +206,24 @@ def classify_toy(images):
     def nearest(pixels, colours):
         return torch.cdist(pixels, torch.tensor([*colours.values()]).float()).argmin(-1)
 
-    colour = nearest(pixels, PETALS | BACKGROUNDS)    # (B, S, S)
+    colour = nearest(pixels, PETALS | BACKGROUNDS)  # (B, S, S)
     petal = colour[:, (r > 0.14) & (r < 0.25)].mode(1)[0]
     centre = nearest(pixels[:, r < 0.06], CENTRES).mode(1)[0]
-    mask = (colour == petal[:, None, None]) & (r < 0.48)
+    mask = (colour == petal[:, None, None])
     middle = (mask * position).sum((1, 2)) / mask.sum((1, 2))
-    wave = mask * (position - middle[:, None, None]).sgn()    # exp(i angle)
+    wave = mask * (position - middle[:, None, None]).sgn()  # exp(i angle)
     count = torch.stack([(wave ** k).sum((1, 2)).abs() for k in PETAL_COUNTS.values()], 1)
     return [dict(petal=[*PETALS, *BACKGROUNDS][p], centre=[*CENTRES][c], count=[*PETAL_COUNTS][k])
             for p, c, k in zip(petal, centre, count.argmax(1))]
 
 def attribute_accuracy(images, captions, dataset):
-    """Return how often toy images have the attributes that their captions name.
-
-    images, captions: batches (B, 3, S, S) and (B,), caption numbers."""
+    """Return how often images (N, 3, S, S) have the attributes named by captions (N,), numbers."""
     hits = dict(petal=[], centre=[], count=[])
-    for x, numbers in zip(images, captions):
-        for shown, i in zip(classify_toy(x), numbers):
-            true = dataset.records[dataset.caption_owners[i]].attributes
-            for name in hits:
-                if true[name] in dataset.captions[i]:
-                    hits[name].append(shown[name] == true[name])
+    for shown, i in zip(classify_toy(images), captions):
+        true = dataset.records[dataset.caption_owners[i]].attributes
+        for name in hits:
+            if true[name] in dataset.captions[i]:
+                hits[name].append(shown[name] == true[name])
     return {name: sum(hit) / max(1, len(hit)) for name, hit in hits.items()}
 
 # ---- Images
@@ -240,7 +236,7 @@ def load_image(record, side):
         image = ImageOps.exif_transpose(Image.open(record.path))
         if record.bbox:
             image = image.crop(np.clip(record.bbox, 0, image.size * 2).tolist())
-        white = Image.new("RGBA", image.size, "white")    # behind transparent pixels
+        white = Image.new("RGBA", image.size, "white")  # behind transparent pixels
         image = Image.alpha_composite(white, image.convert("RGBA"))
         image = ImageOps.fit(image.convert("RGB"), (side, side), Image.BILINEAR)
     except Exception as error:
@@ -270,11 +266,11 @@ class CaptionDataset:
         decoded = Path(f"{self.cache}-{side}px.u8")
         if not decoded.exists():
             with atomic_write(decoded) as part, open(part, "wb") as file:
-                for block in load_images(records, side, f"decoding {decoded.name}"):
+                for block in load_images(records, side, "decoding"):
                     file.write(block.tobytes())
         self.images = torch.from_numpy(np.memmap(decoded, shape=(len(records), 3, side, side)))
-        classes = np.unique([str(r.label) for r in records], return_inverse=True)[1]
-        if not classes.any():    # a single class: each image is its own
+        classes = np.unique([r.label for r in records], return_inverse=True)[1]
+        if not classes.any():  # a single class: each image is its own
             classes = np.arange(len(records))
         self.classes = torch.from_numpy(classes)
         self.captions = [caption for r in records for caption in r.captions]
@@ -296,10 +292,6 @@ class CaptionDataset:
         order = torch.rand(len(index), width, generator=rng) + (torch.arange(width) >= count)
         return self.caption_offsets[index, None] + order.argsort(1)[:, :k] % count
 
-    def first_captions(self, n):
-        """Return the first captions of n images, spread over the dataset."""
-        return [r.captions[0] for r in self.records[::max(1, len(self) // n)][:n]]
-
 DATASETS = dict(toy=toy, flowers=flowers, cub=cub, coco=coco)
 
 def dataset_id(name):
@@ -308,7 +300,7 @@ def dataset_id(name):
 
 def load_dataset(name, split="train", size=64, root="datasets"):
     """Return the "train" or "test" images of root/name, or of a folder; size: S."""
-    folder = Path(root, dataset_id(name)).resolve()    # a folder's id is an absolute path
+    folder = Path(root, dataset_id(name)).resolve()  # a folder's id is an absolute path
     records = DATASETS.get(name, image_folder)(folder, split)
     return CaptionDataset(name, split, size, records)
 
@@ -322,7 +314,7 @@ def sample_other_class(by_class, counts, classes, k, rng):
     start = counts.cumsum(0)[classes, None] - size
     uniform = torch.rand(len(classes), k, generator=rng, dtype=torch.double)
     pick = (uniform * (len(by_class) - size)).long()
-    return by_class[pick + size * (pick >= start)]    # skips the own class
+    return by_class[pick + size * (pick >= start)]  # skips the own class
 
 class Batches:
     """Draw batches as a pure function of (seed, step): a resumed run sees the same ones.
@@ -335,9 +327,9 @@ class Batches:
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.device, self.k, self.rolled = device, captions_per_image, rolled
         self.rank, self.world_size, self.epoch = rank, world_size, None
-        self.images, self.cuda = dataset.images, torch.device(device).type == "cuda"
+        self.images, self.cuda = dataset.images, "cuda" in device
         if self.cuda and self.images.numel() < torch.cuda.mem_get_info(device)[1] / 3:
-            self.images = self.images.to(device)    # if they take less than a third of its memory
+            self.images = self.images.to(device)  # if they take less than a third of its memory
         self.by_class = dataset.classes.argsort(stable=True), dataset.classes.bincount()
 
     def __len__(self):
@@ -360,9 +352,9 @@ class Batches:
         wrong = captions.roll(1, 0) if self.rolled else dataset.sample_captions(other, self.k, rng)
         rows = torch.cat((index[:, None], corner, flip, captions, wrong), 1)
         rows = rows.chunk(self.world_size)[self.rank]
-        on_device = self.to_device(rows)    # one copy: small ones block the host
+        on_device = self.to_device(rows)  # one copy: small ones block the host
         index, top, left, flip = (on_device if self.images.is_cuda else rows)[:, :4].T
-        windows = self.images.unfold(2, size, 1).unfold(3, size, 1)    # a view: all crops
+        windows = self.images.unfold(2, size, 1).unfold(3, size, 1)  # a view: all crops
         images = windows[index, :, top, left]
         images = torch.where(flip.bool()[:, None, None, None], images.flip(3), images)
         images = self.to_device(images).float() / 127.5 - 1

@@ -5,8 +5,8 @@ arXiv 2008.05865. One G draws the full-size image from noise z and sentence embe
     MA-GP    penalty on the gradient of D at real images with their captions (section 3.3)
     one-way  D gives one score of image and caption together (section 3.3)
 
-    python dfgan.py    # toy data, minutes on a CPU
-    python dfgan.py --data cub    # run again to resume
+    python dfgan.py  # toy data, minutes on a CPU
+    python dfgan.py --data cub  # run again to resume
     python dfgan.py --data cub --sample "a yellow bird" "a red bird"
     python dfgan.py --data cub --evaluate
     python dfgan.py --data cub --init state_epoch_1220.pth --text-encoder text_encoder200.pth
@@ -24,10 +24,10 @@ from torch.optim import Adam
 try:
     import common
     import data
-except ModuleNotFoundError:    # networks, losses and steps need torch only
+except ModuleNotFoundError:  # networks, losses and steps need torch only
     common = data = None
 
-NAME, NZ, TEXT = "dfgan", 100, 256    # noise z; sentence embedding t (paper: e)
+NAME, NZ, TEXT = "dfgan", 100, 256  # noise z; sentence embedding t (paper: e)
 SIZES = 32, 64, 128, 256, 512
 
 # ---- Networks, parameters named as released
@@ -62,19 +62,19 @@ class NearestUpConv(nn.Conv2d):
     """Same as conv3x3(F.interpolate(x, scale_factor=2.0)), as a 4x4 transposed convolution with
     2.25 times fewer FLOPs: 3x3 weights that read copies of one pixel are added up."""
     def forward(self, x):
-        if x.shape[2] < 8:    # faster for few pixels
+        if x.shape[2] < 8:  # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
-        # Not F.avg_pool2d: with padding, its gradient is wrong on CUDA (PyTorch issue 188344)
+        # Not F.avg_pool2d: wrong gradient on CUDA with padding (PyTorch issue 188344)
         weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         weight = weight[:, :, 1:] + weight[:, :, :-1]
-        weight = weight[..., 1:] + weight[..., :-1]    # (b, a, 4, 4)
+        weight = weight[..., 1:] + weight[..., :-1]  # (b, a, 4, 4)
         return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, 1)
 
 def upsample(x):
     """Same as F.interpolate(x, scale_factor=2.0), which autocast would run in float32."""
     b, c, h, w = x.shape
     x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
-    return x.reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)    # stays channels_last
+    return x.reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)  # stays channels_last
 
 class UpBlock(nn.Module):
     """x (B, a, s, s), c (B, 356) -> (B, b, 2s, 2s)."""
@@ -84,8 +84,8 @@ class UpBlock(nn.Module):
         self.fuse1, self.fuse2 = DFBlock(a), DFBlock(b)
         self.c_sc = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
 
-    def forward(self, x, c):    # released: upsampling before fuse1 and c_sc, 4 times the work
-        h = self.c1(self.fuse1(x, c))    # (B, b, 2s, 2s)
+    def forward(self, x, c):  # released: upsampling before fuse1 and c_sc, 4 times the work
+        h = self.c1(self.fuse1(x, c))  # (B, b, 2s, 2s)
         return upsample(self.c_sc(x)) + self.c2(self.fuse2(h, c))
 
 def channels(nf, size):
@@ -102,8 +102,8 @@ class Generator(nn.Module):
         self.to_rgb = nn.Sequential(nn.LeakyReLU(0.2, True), nn.Conv2d(nf, 3, 3, 1, 1), nn.Tanh())
 
     def forward(self, z, t):
-        c = torch.cat((z, t), 1)    # (B, 356)
-        x = self.fc(z).view(len(z), -1, 4, 4)    # (B, 8 nf, 4, 4)
+        c = torch.cat((z, t), 1)  # (B, 356)
+        x = self.fc(z).view(len(z), -1, 4, 4)  # (B, 8 nf, 4, 4)
         for block in self.GBlocks:
             x = block(x, c)
         return self.to_rgb(x)
@@ -122,7 +122,7 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)    # autocast
+        x, weight = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)  # autocast
         grad_x, grad_weight = F.conv_transpose2d(grad, weight, None, *ctx.geometry), None
         if ctx.needs_input_grad[1]:
             grad_weight = nn.grad.conv2d_weight(x, weight.shape, grad, *ctx.geometry)
@@ -146,7 +146,7 @@ class DownBlock(nn.Module):
 
     def forward(self, x):
         h = self.conv_r(x)
-        shortcut = self.conv_s(F.avg_pool2d(x, 2))    # released: pooled last, 4 times the work
+        shortcut = self.conv_s(F.avg_pool2d(x, 2))  # released: pooled last, 4 times the work
         return torch.addcmul(shortcut, self.gamma.to(h.dtype), h)
 
 class Discriminator(nn.Module):
@@ -161,7 +161,7 @@ class Discriminator(nn.Module):
             DConv2d(2 * nf, 1, 4, bias=False))
 
     def features(self, x):
-        return self.DBlocks(self.conv_img(x))    # (B, 8 nf, 4, 4)
+        return self.DBlocks(self.conv_img(x))  # (B, 8 nf, 4, 4)
 
     def score(self, h, t):
         t = t[:, :, None, None].expand(-1, -1, 4, 4)
@@ -179,8 +179,8 @@ def hinge_loss(real, wrong, fake):
 def ma_gp(grad_x, grad_t, k=2, p=6):
     """MA-GP (section 3.3) of gradients (B, ...) of D(x, t). Paper: k E (|grad_x| + |grad_t|)^p; we
     follow the code that gave the published numbers: k E (|grad_x|^2 + |grad_t|^2)^(p/2)."""
-    s = sum(grad.float().square().flatten(1).sum(1) for grad in (grad_x, grad_t))    # (B,)
-    return k * (s ** (p / 2)).mean()    # sqrt(s) ** p has a NaN gradient at 0
+    s = sum(grad.float().square().flatten(1).sum(1) for grad in (grad_x, grad_t))  # (B,)
+    return k * (s ** (p / 2)).mean()  # sqrt(s) ** p has a NaN gradient at 0
 
 def d_loss(D, real, fake, t, t_wrong):
     """Return hinge loss + MA-GP, and d_step's result. torch.func.grad, unlike torch.autograd.grad,
@@ -212,7 +212,7 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
 
 def g_step(D, opt_g, fake, t):
     """Update G. fake: d_step's G(z, t), not detached; t (B, TEXT). Return the loss."""
-    D.requires_grad_(False)    # skips its gradients, and stale weights in autocast's cache
+    D.requires_grad_(False)  # skips its gradients, and stale weights in autocast's cache
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
     loss.backward()
@@ -241,7 +241,7 @@ def train(args, checkpoint):
         test_set = data.load_dataset(args.data, "test", args.size, args.root)
         encoder = common.get_text_encoder(
             "damsm", train_set, args.root, args.device, checkpoint, args.text_encoder)
-        embeddings = common.embed_captions(encoder, train_set)    # (captions, TEXT)
+        embeddings = common.embed_captions(encoder, train_set)  # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            1, common.rank(), common.world_size(), rolled=True)
     torch.manual_seed(args.seed)
@@ -252,13 +252,14 @@ def train(args, checkpoint):
     start, history, sums = 0, [], torch.zeros(len(names))
     if checkpoint:
         start, history, sums = (checkpoint[key] for key in ("step", "history", "sums"))
-        for name in parts.keys() & checkpoint.keys():    # --init has no optimizers
+        for name in parts.keys() & checkpoint.keys():  # --init has no optimizers
             parts[name].load_state_dict(checkpoint[name])
-    sums = sums.to(args.device)    # of losses since the epoch began
+    sums = sums.to(args.device)  # of losses since the epoch began
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
 
-    t = encoder.encode(test_set.first_captions(8))    # grid: rows are captions, columns noises
+    # Grid: rows are captions, columns noises
+    t = encoder.encode(test_set.captions[::len(test_set.captions) // 8 + 1])
     grid = sample_noise(8, args.seed).repeat(len(t), 1), t.repeat_interleave(8, 0)
     num_steps, saved = args.epochs * len(batches), 0
     print(f"{len(train_set)} images, {num_steps} steps on {args.device}, to {args.out_dir}")
@@ -266,7 +267,7 @@ def train(args, checkpoint):
     stop = common.GracefulStop()
     for step in range(start, num_steps):
         epoch, batch = divmod(step, len(batches))
-        torch.manual_seed(args.seed * 2**20 + step)    # resumed runs draw the same noise
+        torch.manual_seed(args.seed * 2**20 + step)  # resumed runs draw the same noise
         images, captions, wrong = batches(step)
         t, t_wrong = embeddings[captions[:, 0]], embeddings[wrong[:, 0]]
         z = torch.randn(common.world_size(), len(t), NZ, device=args.device)[common.rank()]
@@ -324,21 +325,18 @@ def sample_noise(n, seed=0):
 @torch.no_grad()
 def generate(G, noise, embeddings):
     """noise (N, 100), embeddings (N, TEXT) -> images (N, 3, S, S) in [-1, 1]."""
-    pairs = zip(noise.to(embeddings.device).split(32), embeddings.split(32))
-    return torch.cat([G(z, t) for z, t in pairs]).float()
+    return G(noise.to(embeddings.device), embeddings).float()
 
 def sample(G, encoder, args):
-    """Draw a grid, a row per caption; --interpolate: a row per noise; --num-images: files."""
+    """Draw a grid, rows are captions and columns noises; --num-images: files."""
     captions, n = args.captions, args.num_images or args.samples_per_caption
     noise, t = sample_noise(n, args.seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
         kind, noise = "noise", torch.lerp(*noise[:2], alphas)
     if args.interpolate:
-        kind, noise = "interpolation", sample_noise(4, args.seed).repeat_interleave(n, 0)
-        t = torch.lerp(*t, alphas.to(t.device)).repeat(4, 1)
-    else:
-        noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
+        kind, t = "interpolation", torch.lerp(*t, alphas.to(t.device))
+    noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
     path = args.out_dir / f"{kind}-{common.slug(captions)}-{args.seed}.png"
     if args.num_images:
         path = path.with_suffix("")
@@ -361,7 +359,7 @@ def evaluate(G, encoder, test_set, args):
 PRESETS = {
     "toy": dict(epochs=16, size=64, nf=8, batch_size=16, lr_g=4e-4, lr_d=1e-3, ema=0.998,
                 eval_every=16, fid_samples=1024),
-    "coco": dict(epochs=120)}    # section 4
+    "coco": dict(epochs=120)}  # section 4
 RESUME_ARGS = ("data", "size", "nf", "batch_size", "lr_g", "lr_d", "ema", "seed")
 
 def main(argv=None):

@@ -5,8 +5,8 @@ G draws an image from noise z and caption embedding t; D scores an image with t.
     GAN-INT         G also learns from interpolated embeddings (eq. 5)
     style transfer  S recovers z from an image x: G(S(x), t) (section 4.4)
 
-    python gan_cls.py    # toy data, minutes on a CPU
-    python gan_cls.py --data flowers    # run again to resume
+    python gan_cls.py  # toy data, minutes on a CPU
+    python gan_cls.py --data flowers  # run again to resume
     python gan_cls.py --data flowers --sample "pink flower" "a white flower"
     python gan_cls.py --data flowers --evaluate
     python gan_cls.py --data flowers --sample "pink flower" --style-image photo.jpg
@@ -25,10 +25,10 @@ from torch.optim import Adam
 try:
     import common
     import data
-except ModuleNotFoundError:    # networks, losses and steps need torch only
+except ModuleNotFoundError:  # networks, losses and steps need torch only
     common = data = None
 
-NAME, NZ, TEXT, NT = "gan_cls", 100, 1024, 128    # noise z; embedding t; projected t (section 5)
+NAME, NZ, TEXT, NT = "gan_cls", 100, 1024, 128  # noise z; embedding t; projected t (section 5)
 
 # ---- Networks
 
@@ -36,12 +36,12 @@ class NearestUpConv(nn.Conv2d):
     """Same as conv3x3(F.interpolate(x, scale_factor=2.0)), as a 4x4 transposed convolution with
     2.25 times fewer FLOPs: 3x3 weights that read copies of one pixel are added up."""
     def forward(self, x):
-        if x.shape[2] < 8:    # faster for few pixels
+        if x.shape[2] < 8:  # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
-        # Not F.avg_pool2d: with padding, its gradient is wrong on CUDA (PyTorch issue 188344)
+        # Not F.avg_pool2d: wrong gradient on CUDA with padding (PyTorch issue 188344)
         weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         weight = weight[:, :, 1:] + weight[:, :, :-1]
-        weight = weight[..., 1:] + weight[..., :-1]    # (b, a, 4, 4)
+        weight = weight[..., 1:] + weight[..., :-1]  # (b, a, 4, 4)
         return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, 1)
 
 class Generator(nn.Module):
@@ -53,8 +53,8 @@ class Generator(nn.Module):
         super().__init__()
         self.text = nn.Sequential(nn.Linear(TEXT, NT), nn.LeakyReLU(0.2))
         widths = 8 * ngf, 4 * ngf, 2 * ngf, ngf, 3
-        layers = [nn.ConvTranspose2d(NZ + NT, 8 * ngf, 4, bias=False)]    # 4 x 4
-        for a, b in zip(widths, widths[1:]):    # to 8 x 8, 16 x 16, 32 x 32, 64 x 64
+        layers = [nn.ConvTranspose2d(NZ + NT, 8 * ngf, 4, bias=False)]  # 4 x 4
+        for a, b in zip(widths, widths[1:]):  # to 8 x 8, 16 x 16, 32 x 32, 64 x 64
             up = (NearestUpConv(a, b, 3, 1, 1, bias=False) if upsample == "nearest" else
                   nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False))
             layers += [nn.BatchNorm2d(a), nn.ReLU(True), up]
@@ -87,7 +87,7 @@ class Discriminator(nn.Module):
         self.apply(init_weights)
 
     def features(self, x):
-        return self.image(x)    # (B, 8 ndf, 4, 4)
+        return self.image(x)  # (B, 8 ndf, 4, 4)
 
     def score(self, h, t):
         t = self.text(t)[:, :, None, None].expand(-1, -1, 4, 4)
@@ -137,7 +137,7 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
 
 def g_step(D, opt_g, fake, t):
     """Update G. fake: d_step's G(z, t), not detached; t (B, TEXT). Return the loss."""
-    D.requires_grad_(False)    # skips its gradients, and stale weights in autocast's cache
+    D.requires_grad_(False)  # skips its gradients, and stale weights in autocast's cache
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
     loss.backward()
@@ -167,7 +167,7 @@ def train(args, checkpoint):
         test_set = data.load_dataset(args.data, "test", 64, args.root)
         encoder = common.get_text_encoder(
             "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder)
-        embeddings = common.embed_captions(encoder, train_set)    # (captions, TEXT)
+        embeddings = common.embed_captions(encoder, train_set)  # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            args.captions_per_image, common.rank(), common.world_size())
     torch.manual_seed(args.seed)
@@ -180,11 +180,12 @@ def train(args, checkpoint):
         start, history, sums = (checkpoint[key] for key in ("step", "history", "sums"))
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    sums = sums.to(args.device)    # of losses since the epoch began
+    sums = sums.to(args.device)  # of losses since the epoch began
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
 
-    t = encoder.encode(test_set.first_captions(8))    # grid: rows are captions, columns noises
+    # Grid: rows are captions, columns noises
+    t = encoder.encode(test_set.captions[::len(test_set.captions) // 8 + 1])
     grid = sample_noise(8, args.seed).repeat(len(t), 1), t.repeat_interleave(8, 0)
     num_steps, saved = args.epochs * len(batches), 0
     print(f"{len(train_set)} images, {num_steps} steps on {args.device}, to {args.out_dir}")
@@ -194,7 +195,7 @@ def train(args, checkpoint):
         epoch, batch = divmod(step, len(batches))
         for opt in (opt_g, opt_d):
             opt.param_groups[0]["lr"] = args.lr * 0.5 ** ((epoch + 1) // args.lr_decay_epochs)
-        torch.manual_seed(args.seed * 2**20 + step)    # resumed runs draw the same noise
+        torch.manual_seed(args.seed * 2**20 + step)  # resumed runs draw the same noise
         images, captions, wrong = batches(step)
         # Paper: one caption an image; released, as here: the mean of 4
         t = embeddings[captions].mean(1)
@@ -204,7 +205,7 @@ def train(args, checkpoint):
         with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
             fake = G(z, t_g)
             d_stats = d_step(D, opt_d, images, fake[:len(t)], t, t_wrong)
-            loss_g = g_step(D, opt_g, fake, t_g)    # released code: a new fake
+            loss_g = g_step(D, opt_g, fake, t_g)  # released code: a new fake
         update_ema(ema, G, min(args.ema, (1 + step) / (10 + step)))
 
         sums += torch.stack((loss_g, *d_stats))
@@ -246,21 +247,18 @@ def sample_noise(n, seed=0):
 @torch.no_grad()
 def generate(G, noise, embeddings):
     """noise (N, 100), embeddings (N, TEXT) -> images (N, 3, S, S) in [-1, 1]."""
-    pairs = zip(noise.to(embeddings.device).split(32), embeddings.split(32))
-    return torch.cat([G(z, t) for z, t in pairs]).float()
+    return G(noise.to(embeddings.device), embeddings).float()
 
 def sample(G, encoder, args):
-    """Draw a grid, a row per caption; --interpolate: a row per noise; --num-images: files."""
+    """Draw a grid, rows are captions and columns noises; --num-images: files."""
     captions, n = args.captions, args.num_images or args.samples_per_caption
     noise, t = sample_noise(n, args.seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
         kind, noise = "noise", torch.lerp(*noise[:2], alphas)
     if args.interpolate:
-        kind, noise = "interpolation", sample_noise(4, args.seed).repeat_interleave(n, 0)
-        t = torch.lerp(*t, alphas.to(t.device)).repeat(4, 1)
-    else:
-        noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
+        kind, t = "interpolation", torch.lerp(*t, alphas.to(t.device))
+    noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
     path = args.out_dir / f"{kind}-{common.slug(captions)}-{args.seed}.png"
     if args.num_images:
         path = path.with_suffix("")
@@ -322,7 +320,7 @@ PRESETS = {
     "toy": dict(epochs=16, ngf=16, ndf=16, batch_size=8, lr=4e-4, captions_per_image=1, ema=0.998,
                 upsample="nearest", eval_every=16, fid_samples=1024),
     "coco": dict(epochs=200, ngf=196, ndf=196, captions_per_image=3, variant="cls",
-                 lr_decay_epochs=40)}    # released code
+                 lr_decay_epochs=40)}  # released code
 RESUME_ARGS = ("data", "variant", "upsample", "ngf", "ndf", "batch_size", "lr", "lr_decay_epochs",
                "ema", "captions_per_image", "seed")
 

@@ -1,14 +1,14 @@
 """StackGAN: Text to Photo-realistic Image Synthesis with Stacked Generative Adversarial Networks.
 Zhang et al., ICCV 2017 (arXiv 1612.03242).
 
-Two stages draw an image from noise z and the embedding t of a caption.
+Two stages draw an image from noise z and caption embedding t.
     Conditioning Augmentation  c is a sample of N(mu(t), sigma(t)^2) (section 3.2)
     Stage-I                    s0 = G0(z, c0), 64 px (section 3.3)
     Stage-II                   G(s0, c), 256 px, without z; G0 is fixed (section 3.4)
 TF and PT: the authors' code in TensorFlow and in PyTorch.
 
-    python stackgan.py    # toy data, minutes on a CPU
-    python stackgan.py --data flowers    # both stages; run again to resume
+    python stackgan.py  # toy data, minutes on a CPU
+    python stackgan.py --data flowers  # both stages; run again to resume
     python stackgan.py --data flowers --sample "pink flower" "a white flower"
     python stackgan.py --data flowers --evaluate
 """
@@ -25,10 +25,10 @@ from torch.optim import Adam
 try:
     import common
     import data
-except ModuleNotFoundError:    # networks, losses and steps need torch only
+except ModuleNotFoundError:  # networks, losses and steps need torch only
     common = data = None
 
-NAME, NZ, NC, TEXT = "stackgan", 100, 128, 1024    # z; conditioning c (section 3.5); embedding t
+NAME, NZ, NC, TEXT = "stackgan", 100, 128, 1024  # z; conditioning c (section 3.5); embedding t
 
 # ---- Networks, as in PT. TF: residual blocks at 4x4 and 8x8 too
 
@@ -41,23 +41,23 @@ class ConditioningAugmentation(nn.Module):
         self.fc = nn.Linear(TEXT, 2 * NC)
 
     def forward(self, t, eps):
-        mu, log_sigma = F.leaky_relu(self.fc(t), 0.2).chunk(2, 1)
+        mu, log_sigma = F.leaky_relu(self.fc(t), 0.2).to(eps.dtype).chunk(2, 1)
         return mu + log_sigma.exp() * eps, mu, log_sigma
 
 class NearestUpConv(nn.Conv2d):
     """Same as conv3x3(F.interpolate(x, scale_factor=2.0)), as a 4x4 transposed convolution with
     2.25 times fewer FLOPs: 3x3 weights that read copies of one pixel are added up."""
     def forward(self, x):
-        if x.shape[2] < 8:    # faster for few pixels
+        if x.shape[2] < 8:  # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
-        # Not F.avg_pool2d: with padding, its gradient is wrong on CUDA (PyTorch issue 188344)
+        # Not F.avg_pool2d: wrong gradient on CUDA with padding (PyTorch issue 188344)
         weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         weight = weight[:, :, 1:] + weight[:, :, :-1]
-        weight = weight[..., 1:] + weight[..., :-1]    # (b, a, 4, 4)
+        weight = weight[..., 1:] + weight[..., :-1]  # (b, a, 4, 4)
         return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, 1)
 
 def conv(a, b, kernel=3, stride=1):
-    """Return a convolution and batch norm."""
+    """A convolution and batch norm."""
     return nn.Conv2d(a, b, kernel, stride, 1, bias=False), nn.BatchNorm2d(b)
 
 class UpBlock(nn.Sequential):
@@ -78,7 +78,7 @@ class Residual(nn.Module):
 
 class Stage1(nn.Module):
     """Stage-I, Figure 2, top: z (B, 100), eps (B, 128), t (B, 1024) -> images (B, 3, 64, 64) in
-    [-1, 1], mu, log sigma."""
+    [-1, 1], KL loss."""
     def __init__(self, ngf=128):
         super().__init__()
         self.ca = ConditioningAugmentation()
@@ -90,20 +90,18 @@ class Stage1(nn.Module):
 
     def forward(self, z, eps, t):
         c, mu, log_sigma = self.ca(t, eps)
-        x = self.fc(torch.cat((z, c), 1)).view(len(z), -1, 4, 4)    # (B, 8 ngf, 4, 4)
-        return self.img(self.up(x)), mu, log_sigma    # before img: (B, ngf / 2, 64, 64)
+        x = self.fc(torch.cat((z, c), 1)).view(len(z), -1, 4, 4)  # (B, 8 ngf, 4, 4)
+        return self.img(self.up(x)), kl_loss(mu, log_sigma)
 
 class Stage2(nn.Module):
-    """Stage-II, Figure 2, bottom: s0 (B, 3, 64, 64), eps, t -> images (B, 3, S, S), mu, log sigma.
-
-    Downsampling: paper: leaky ReLU; released code, as here: ReLU."""
+    """Stage-II, Figure 2, bottom: s0 (B, 3, 64, 64), eps, t -> images (B, 3, S, S), KL loss."""
     def __init__(self, ngf=128, size=256, num_residual=4):
         super().__init__()
         self.ca = ConditioningAugmentation()
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, ngf, 3, 1, 1, bias=False), nn.ReLU(True),
+            nn.Conv2d(3, ngf, 3, 1, 1, bias=False), nn.ReLU(True),  # paper: leaky ReLU
             *conv(ngf, 2 * ngf, 4, 2), nn.ReLU(True),
-            *conv(2 * ngf, 4 * ngf, 4, 2), nn.ReLU(True))    # (B, 4 ngf, 16, 16)
+            *conv(2 * ngf, 4 * ngf, 4, 2), nn.ReLU(True))  # (B, 4 ngf, 16, 16)
         self.joint = nn.Sequential(*conv(4 * ngf + NC, 4 * ngf), nn.ReLU(True))
         self.residual = nn.Sequential(*(Residual(4 * ngf) for _ in range(num_residual)))
         widths = [4 * ngf // 2 ** i for i in range({128: 4, 256: 5}[size])]
@@ -115,28 +113,26 @@ class Stage2(nn.Module):
         c, mu, log_sigma = self.ca(t, eps)
         c = c[:, :, None, None].expand(-1, -1, 16, 16)
         x = self.joint(torch.cat((self.encoder(s0), c), 1))
-        return self.img(self.up(self.residual(x))), mu, log_sigma
+        return self.img(self.up(self.residual(x))), kl_loss(mu, log_sigma)
 
 class Discriminator(nn.Module):
-    """Images (B, 3, S, S), t (B, 1024) -> logits (B,). Figure 2.
-
-    Joint layer: paper: 1x1; PT, as here: 3x3. Text: paper, as here: a layer of D; PT: mu of G."""
+    """Images (B, 3, S, S), t (B, 1024) -> logits (B,). Figure 2."""
     def __init__(self, ndf=64, size=64):
         super().__init__()
-        down = [ndf * 2 ** i for i in range({64: 4, 128: 5, 256: 6}[size])]    # to 4 x 4
-        widths = down + down[3:-1][::-1]    # then 3x3 convolutions, back to 8 ndf
+        down = [ndf * 2 ** i for i in range({64: 4, 128: 5, 256: 6}[size])]  # to 4 x 4
+        widths = down + down[3:-1][::-1]  # then 3x3 convolutions, back to 8 ndf
         layers = [nn.Conv2d(3, ndf, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
         for a, b in zip(widths, widths[1:]):
             layers += *(conv(a, b, 4, 2) if a < b else conv(a, b)), nn.LeakyReLU(0.2, True)
         self.image = nn.Sequential(*layers)
-        self.joint = nn.Sequential(
+        self.joint = nn.Sequential(  # 3x3, as in PT; paper: 1x1
             *conv(8 * ndf + NC, 8 * ndf), nn.LeakyReLU(0.2, True), nn.Conv2d(8 * ndf, 1, 4))
-        self.unconditional = nn.Conv2d(8 * ndf, 1, 4) if size > 64 else None    # Stage-II
-        self.text = nn.Sequential(nn.Linear(TEXT, NC), nn.LeakyReLU(0.2))
+        self.unconditional = nn.Conv2d(8 * ndf, 1, 4) if size > 64 else None  # Stage-II
+        self.text = nn.Sequential(nn.Linear(TEXT, NC), nn.LeakyReLU(0.2))  # PT: mu of G
         init_weights(self)
 
     def features(self, x):
-        return self.image(x)    # (B, 8 ndf, 4, 4)
+        return self.image(x)  # (B, 8 ndf, 4, 4)
 
     def score(self, h, t):
         t = self.text(t)[:, :, None, None].expand(-1, -1, 4, 4)
@@ -164,7 +160,7 @@ def g_loss(fake):
     return F.softplus(-fake).mean()
 
 def kl_loss(mu, log_sigma):
-    """KL(N(mu, sigma^2) || N(0, 1)), the mean and not the sum over dimensions (B, 128)  (eq. 2)."""
+    """KL(N(mu, sigma^2) || N(0, 1)), averaged over dimensions (B, 128)  (eq. 2)."""
     return ((mu.square() + (2 * log_sigma).exp() - 1) / 2 - log_sigma).mean()
 
 # ---- Steps
@@ -174,11 +170,11 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
     (B, TEXT).
 
     Wrong pair: real image, text of another class; TF: text, real image of another class; PT: the
-    next text of the batch. Stage-II also scores images alone, as in PT."""
+    next text of the batch."""
     h, h_fake = D.features(real), D.features(fake.detach())
     s_real, s_wrong, s_fake = D.score(h, t), D.score(h, t_wrong), D.score(h_fake, t)
     loss = d_loss(s_real, s_wrong, s_fake)
-    if D.unconditional:    # Stage-II: two scores as real, three as fake
+    if D.unconditional:  # Stage-II scores images alone too, as in PT
         right = torch.cat((s_real, D.unconditional(h).flatten()))
         wrong = torch.cat((s_wrong, s_fake, D.unconditional(h_fake).flatten()))
         loss = F.softplus(-right).mean() + F.softplus(wrong).mean()
@@ -188,16 +184,14 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
     return torch.stack((loss, *(s.sigmoid().mean() for s in (s_real, s_wrong, s_fake)))).detach()
 
 def g_step(D, opt_g, fake, t, kl):
-    """Update G. fake: d_step's G(...), not detached; t (B, TEXT). Return the loss without kl.
-
-    Weight of kl, from kl_loss: 2, as released; paper: 1."""
-    D.requires_grad_(False)    # skips its gradients, and stale weights in autocast's cache
+    """Update G. fake, kl: d_step's G(...), not detached. Return the loss without kl."""
+    D.requires_grad_(False)  # skips its gradients, and stale weights in autocast's cache
     h = D.features(fake)
     loss = g_loss(D.score(h, t))
     if D.unconditional:
-        loss = loss + g_loss(D.unconditional(h))
+        loss += g_loss(D.unconditional(h))
     opt_g.zero_grad()
-    (loss + 2 * kl).backward()
+    (loss + 2 * kl).backward()  # as released; paper: loss + kl
     opt_g.step()
     D.requires_grad_(True)
     return loss.detach()
@@ -208,74 +202,65 @@ def update_ema(ema, G, decay):
     a, b = ([x for x in net.state_dict().values() if x.is_floating_point()] for net in (ema, G))
     torch._foreach_lerp_(a, b, 1 - decay)
 
-def build(stage, ngf=128, ndf=64, size=256, num_residual=4, lr=2e-4, device="cpu"):
-    """Return G, D of a stage and their optimizers: Adam (section 3.5)."""
-    nets = ((Stage1(ngf), Discriminator(ndf, 64)) if stage == 1 else
-            (Stage2(ngf, size, num_residual), Discriminator(ndf, size)))
+def build(size, ngf=128, ndf=64, num_residual=4, lr=2e-4, device="cpu"):
+    """Return G, D and their optimizers, Adam (section 3.5). Size 64: Stage-I; else Stage-II."""
+    G = Stage1(ngf) if size == 64 else Stage2(ngf, size, num_residual)
+    nets = G, Discriminator(ndf, size)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
     adam = dict(betas=(0.5, 0.999), fused=True)
     return G, D, Adam(G.parameters(), lr, **adam), Adam(D.parameters(), lr, **adam)
 
 # ---- Training
 
-def train(args, checkpoint):
-    """Train or resume Stage-I, then Stage-II, up to args.stage."""
-    for stage in range(checkpoint["stage"] if checkpoint else 1, args.stage + 1):
-        if status := train_stage(args, checkpoint, stage):
-            return status
-        with common.main_process_first():
-            checkpoint = common.load_checkpoint(args.out_dir / "last.pt", NAME)
-
-def train_stage(args, checkpoint, stage):
-    """Train or resume a stage; write last.pt, log.csv and grids of samples."""
+def train(args, checkpoint, stage, stop=None):
+    """Train or resume a stage and the next; write last.pt, log.csv and grids of samples."""
     size = 64 if stage == 1 else args.size
     with common.main_process_first():
         train_set = data.load_dataset(args.data, "train", size, args.root)
         test_set = data.load_dataset(args.data, "test", size, args.root)
         encoder = common.get_text_encoder(
             "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder)
-        embeddings = common.embed_captions(encoder, train_set)    # (captions, TEXT)
+        embeddings = common.embed_captions(encoder, train_set)  # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            args.captions_per_image, common.rank(), common.world_size())
     torch.manual_seed(args.seed)
-    G, D, opt_g, opt_d = build(stage, args.ngf, args.ndf, args.size, args.num_residual, args.lr,
-                               args.device)
+    G, D, opt_g, opt_d = build(
+        size, args.ngf, args.ndf, args.num_residual, args.lr, args.device)
     ema = copy.deepcopy(G).eval()
     parts = dict(G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
     names = "loss_g", "kl", "loss_d", "d_real", "d_wrong", "d_fake"
     start, history, sums, stages = 0, [], torch.zeros(len(names)), [ema]
-    if stage == 2:    # EMA of Stage-I in eval mode; released code: last weights in train mode
+    if stage == 2:  # G0: EMA, in eval mode; released code: last weights, in train mode
         parts["G0"] = load_generator(checkpoint, args.device)[0][0]
         stages, history = [parts["G0"], ema], checkpoint["history"]
     if checkpoint and checkpoint["stage"] == stage:
         start, history, sums = (checkpoint[key] for key in ("step", "history", "sums"))
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    sums = sums.to(args.device)    # of losses since the epoch began
+    sums = sums.to(args.device)  # of losses since the epoch began
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
 
-    t = encoder.encode(test_set.first_captions(8))    # grid: rows are captions, columns noises
+    # Grid: rows are captions, columns noises
+    t = encoder.encode(test_set.captions[::len(test_set.captions) // 8 + 1])
     grid = sample_noise(8, args.seed).repeat(len(t), 1), t.repeat_interleave(8, 0)
     num_steps, saved = args.epochs * len(batches), 0
     print(f"{len(train_set)} images, {num_steps} steps on {args.device}, to {args.out_dir}")
     bar = data.Progress(num_steps * args.batch_size, f"Stage {stage}", done=start * args.batch_size)
-    stop = common.GracefulStop()
-    for step in range(start, num_steps):
+    stop = stop or common.GracefulStop()
+    for step in range(start, num_steps if stage <= args.stage else 0):
         epoch, batch = divmod(step, len(batches))
         for opt in (opt_g, opt_d):
             opt.param_groups[0]["lr"] = args.lr * 0.5 ** (epoch // args.lr_decay_epochs)
-        torch.manual_seed(args.seed * 2**20 + step)    # resumed runs draw the same noise
+        torch.manual_seed(args.seed * 2**20 + step)  # resumed runs draw the same noise
         images, captions, wrong = batches(step)
-        t, t_wrong = embeddings[captions].mean(1), embeddings[wrong].mean(1)    # as in TF
-        noise = torch.randn(common.world_size(), len(t), NZ + 2 * NC, device=args.device)
-        noise = noise[common.rank()]
-        with torch.autocast(noise.device.type, torch.bfloat16, enabled=args.bf16):
-            x = generate(stages[:-1], noise, t)    # Stage-I: z; Stage-II: images of Stage-I
-            fake, mu, log_sigma = G(x, noise.split((NZ, NC, NC), 1)[stage], t)
-            kl = kl_loss(mu.float(), log_sigma.float())
+        t, t_wrong = embeddings[captions].mean(1), embeddings[wrong].mean(1)  # as in TF
+        z = torch.randn(common.world_size(), len(t), NZ + 2 * NC, device=args.device)[common.rank()]
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
+            x = generate(stages[:-1], z, t)  # z, or images of Stage-I
+            fake, kl = G(x, z.split((NZ, NC, NC), 1)[stage], t)
             d_stats = d_step(D, opt_d, images, fake, t, t_wrong)
-            loss_g = g_step(D, opt_g, fake, t, kl)    # TF: a new fake
+            loss_g = g_step(D, opt_g, fake, t, kl)  # TF: a new fake
         update_ema(ema, G, min(args.ema, (1 + step) / (10 + step)))
 
         sums += torch.stack((loss_g, kl.detach(), *d_stats))
@@ -300,7 +285,10 @@ def train_stage(args, checkpoint, stage):
                 args={n: vars(args)[n] for n in RESUME_ARGS}, text_encoder=encoder, **parts))
         if stopping:
             return 128 + stop.signal
-    stop.close()
+    if stage < args.stage:
+        with common.main_process_first():
+            checkpoint = common.load_checkpoint(args.out_dir / "last.pt", NAME)
+        return train(args, checkpoint, stage + 1, stop)
 
 # ---- Sampling
 
@@ -310,7 +298,7 @@ def load_generator(path, device="cpu"):
     args, G = state["args"], [Stage1(state["args"]["ngf"])]
     if state["stage"] == 2:
         G.append(Stage2(args["ngf"], args["size"], args["num_residual"]))
-    for net, name in zip(G[::-1], ("ema", "G0")):    # ema: of the last stage
+    for net, name in zip(G[::-1], ("ema", "G0")):  # ema: of the last stage
         net.load_state_dict(state[name])
         net.eval().to(device, memory_format=torch.channels_last)
     encoder = common.text_encoder_from_state_dict(state["text_encoder"])
@@ -322,27 +310,22 @@ def sample_noise(n, seed=0):
 
 @torch.no_grad()
 def generate(G, noise, embeddings):
-    """noise (N, 356), embeddings (N, TEXT) -> images (N, 3, S, S) in [-1, 1] of the last stage."""
-    images = []
-    for n, t in zip(noise.to(embeddings.device).split(32), embeddings.split(32)):
-        x, *eps = n.split((NZ, NC, NC), 1)
-        for stage, e in zip(G, eps):
-            x, _, _ = stage(x, e, t)
-        images.append(x.float())
-    return torch.cat(images)
+    """noise (N, 356), embeddings (N, TEXT) -> images (N, 3, S, S) in [-1, 1]."""
+    x, *eps = noise.to(embeddings.device).split((NZ, NC, NC), 1)
+    for stage, e in zip(G, eps):
+        x, _ = stage(x, e, embeddings)
+    return x.float()
 
 def sample(G, encoder, args):
-    """Draw a grid, a row per caption; --interpolate: a row per noise; --num-images: files."""
+    """Draw a grid, rows are captions and columns noises; --num-images: files."""
     captions, n = args.captions, args.num_images or args.samples_per_caption
     noise, t = sample_noise(n, args.seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
         kind, noise = "noise", torch.lerp(*noise[:2], alphas)
     if args.interpolate:
-        kind, noise = "interpolation", sample_noise(4, args.seed).repeat_interleave(n, 0)
-        t = torch.lerp(*t, alphas.to(t.device)).repeat(4, 1)
-    else:
-        noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
+        kind, t = "interpolation", torch.lerp(*t, alphas.to(t.device))
+    noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
     path = args.out_dir / f"{kind}-{common.slug(captions)}-{args.seed}.png"
     if args.num_images:
         path = path.with_suffix("")
@@ -366,7 +349,7 @@ PRESETS = {
     "toy": dict(epochs=12, size=128, ngf=16, ndf=16, batch_size=8, lr=4e-4, captions_per_image=1,
                 ema=0.998, num_residual=2, eval_every=12, fid_samples=1024),
     "coco": dict(epochs=120, ngf=192, ndf=96, num_residual=2, captions_per_image=1,
-                 lr_decay_epochs=20)}    # PT
+                 lr_decay_epochs=20)}  # PT
 RESUME_ARGS = ("data", "size", "ngf", "ndf", "num_residual", "batch_size", "lr", "lr_decay_epochs",
                "ema", "captions_per_image", "seed")
 
@@ -385,7 +368,7 @@ def main(argv=None):
     add("--captions-per-image", type=int, default=4, help="averaged (TF)")
     args, checkpoint = common.parse_args(parser, PRESETS, RESUME_ARGS, argv)
     if not (args.captions or args.evaluate):
-        return train(args, checkpoint)
+        return train(args, checkpoint, checkpoint["stage"] if checkpoint else 1)
     G, encoder = load_generator(checkpoint, args.device)
     G = G[:args.stage]
     if args.captions:

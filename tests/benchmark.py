@@ -18,10 +18,8 @@ import stackgan
 def step(module, nets, real, t, eps):
     """Train D and G of a script once; eps, the noise of StackGAN, is empty for the others."""
     G, D, opt_g, opt_d = nets
-    fake, kl = G(torch.randn(len(t), 100), *eps, t), []
-    if eps:
-        fake, mu, log_sigma = fake
-        kl = [module.kl_loss(mu, log_sigma)]
+    z = torch.randn(len(t), 100)
+    fake, *kl = G(z, *eps, t) if eps else [G(z, t)]
     module.d_step(D, opt_d, real, fake, t, t.roll(1, 0))
     module.g_step(D, opt_g, fake, t, *kl)
 
@@ -34,7 +32,7 @@ def main():
     print(f"torch {torch.__version__}, CPU, {args.threads} threads")
     plain = args.textbook and load_module(args.textbook)
     for module, nets, size, n in (
-            (gan_cls, gan_cls.build(), 64, 16), (stackgan, stackgan.build(1), 64, 16),
+            (gan_cls, gan_cls.build(), 64, 16), (stackgan, stackgan.build(64), 64, 16),
             (dfgan, dfgan.build(size=64), 64, 16), (dfgan, dfgan.build(size=256), 256, 4)):
         real, t = torch.rand(n, 3, size, size) * 2 - 1, torch.randn(n, module.TEXT)
         eps = [torch.randn(n, 128)] if module is stackgan else []

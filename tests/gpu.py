@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import dfgan, gan_cls, stackgan
 
 STEPS = {"dfgan": (dict(nf=32, size=256), 32, 128), "gan_cls": (dict(ngf=128), 64, 256),
-         "stackgan 1": (dict(stage=1), 64, 256), "stackgan 2": (dict(stage=2, size=256), 64, 128)}
+         "stackgan 1": (dict(size=64), 64, 256), "stackgan 2": (dict(size=256), 64, 128)}
 
 def make_step(name, config, batch, device, bf16=False):
     """Return a function without arguments, the step of D and G in train(), and both networks."""
@@ -30,10 +30,7 @@ def make_step(name, config, batch, device, bf16=False):
 
     def step():
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            fake, kl = G(*inputs), []
-            if module is stackgan:
-                fake, mu, log_sigma = fake
-                kl = [stackgan.kl_loss(mu.float(), log_sigma.float())]
+            fake, *kl = G(*inputs) if module is stackgan else [G(*inputs)]
             module.d_step(D, opt_d, real, fake, t, t.roll(1, 0))
             return module.g_step(D, opt_g, fake, t, *kl)
     return step, (G, D)

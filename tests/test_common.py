@@ -57,16 +57,15 @@ def test_tokens_of_characters_and_words():
 def test_prompts(capsys):
     damsm = common.DAMSMTextEncoder(["<end>", "a", "pink", "flower"])
     assert torch.equal(damsm.encode_prompts("a zyzzyva flower"), damsm.encode(["a flower"]))
-    assert "unknown to the text encoder: zyzzyva" in "".join(capsys.readouterr())
+    assert "unknown to the encoder: zyzzyva" in "".join(capsys.readouterr())
     char = common.CharCNNRNN((8, 8, 8))
     char.config["min_prompt_length"] = 38
     char = common.text_encoder_from_state_dict(char.state_dict())
     x = char.encode_prompts(["pink flower", "this flower is pink"])    # 3 x 12 - 1 fit into 38
     repeated = ["pink flower pink flower pink flower", "this flower is pink"]
     assert torch.equal(x, char.encode(repeated)) and "unknown" not in "".join(capsys.readouterr())
-    for encoder, caption in ((damsm, "zyzzyva"), (damsm, ""), (char, "花"), (char, "")):
-        with pytest.raises(data.UserError, match="unknown to the text encoder"):
-            encoder.encode_prompts(["a flower", caption])
+    char.encode_prompts("花")
+    assert "unknown to the encoder: 花" in "".join(capsys.readouterr())
 
 def test_unusable_encoders_are_user_errors():
     path = save_released("damsm_text")
@@ -80,22 +79,16 @@ def test_unusable_encoders_are_user_errors():
             common.load_text_encoder(name)
     assert not Path("ran").exists()
 
-def test_fold_batch_norm():
-    encoder, norm = common.CharCNNRNN((8, 8, 8)), torch.nn.BatchNorm1d(1024)
-    norm(3 * encoder.encode(WORDS) + 1)    # sets its running statistics
-    x = norm.requires_grad_(False).eval()(encoder.requires_grad_(False).encode(WORDS))
-    common.fold_batch_norm(encoder, norm, WORDS)
-    torch.testing.assert_close(encoder.encode(WORDS), x / x.square().sum(1).mean().sqrt())
-
 def test_text_encoders_are_trained_and_chosen(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     name = data.dataset_id("own")
-    for kind, dim, iterations in (("char-cnn-rnn", 1024, 5), ("damsm", 256, 20)):
+    for kind, dim, iterations, length in (("char-cnn-rnn", 1024, 5, 1), ("damsm", 256, 20, 5)):
         path = tmp_path / f"{kind}.pt"
         common.train_text_encoder(kind, name, "datasets", "cpu", path, iterations, "small")
         encoder = common.load_text_encoder(path)
         x = encoder.encode(data.load_dataset(name, size=64).captions)
-        assert x.shape == (44, dim) and x.isfinite().all() and x.std(0).max() > 1e-4
+        assert x.shape == (44, dim) and x.std(0).max() > 1e-4
+        assert x.square().sum(1).mean().sqrt().item() == pytest.approx(length)
         assert torch.load(path)["iterations"] == iterations
         assert torch.load(path)["image_encoder"]["global_proj.weight"].any()    # of SJE: 0 before
         assert encoder.config.get("min_prompt_length") == {1024: len("it is red")}.get(dim)
@@ -238,8 +231,8 @@ def test_order_of_captions_and_toy_metric():
     order = torch.cat(captions)
     assert torch.equal(order[:n].sort().values, torch.arange(n)) and len(order) == 6000
     assert torch.equal(order[n:], order[:6000 - n]) and order[:9].max() > 9
-    captions = captions[:5]
-    images = [dataset.center_crop(dataset.caption_owners[c]) for c in captions]
+    captions = torch.cat(captions[:5])
+    images = dataset.center_crop(dataset.caption_owners[captions])
     assert min(data.attribute_accuracy(images, captions, dataset).values()) > 0.98
-    images = [x.flip(0) for x in images]    # of other captions
-    assert max(data.attribute_accuracy(images, captions, dataset).values()) < 0.6
+    # Of other captions
+    assert max(data.attribute_accuracy(images.flip(0), captions, dataset).values()) < 0.6

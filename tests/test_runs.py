@@ -129,9 +129,10 @@ def test_signal_saves_in_the_middle_of_an_epoch(script, number):
     assert state["step"] == 3 and len(state["history"]) == 1 and state["sums"].any()
     resume(script, f"signal-{script}")
 
-def test_signal_between_the_stages_stops_at_once():
+def test_signal_between_the_stages_is_not_lost():
     assert drive(BETWEEN, "stackgan", "between").returncode == 130
-    assert load("stackgan", "between")["stage"] == 1
+    state = load("stackgan", "between")
+    assert (state["stage"], state["step"]) == (2, 1)
     resume("stackgan", "between")
 
 def test_kill_while_writing_keeps_the_last_checkpoint():
@@ -147,7 +148,7 @@ def test_two_processes_equal_one_with_the_joint_batch():
     assert done.returncode == 0 and done.stdout.count("22 images") == 1, done.stderr
     two, one = load("dfgan", "two-dfgan"), straight("dfgan")
     for net in ("G", "D", "ema"):
-        torch.testing.assert_close(two[net], one[net], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(two[net], one[net], rtol=1e-4, atol=1e-5)
 
 @pytest.mark.parametrize("script, more", [("gan_cls", "--epochs 1"), ("stackgan", "--stage 1")])
 def test_other_scripts_go_on_with_two_processes(script, more):
@@ -163,9 +164,9 @@ def test_samples_are_those_of_the_python_api(script, capsys):
     G, text_encoder = module.load_generator(f"{out_dir}/last.pt")
     t, z = text_encoder.encode_prompts([A, B]), module.sample_noise(3, 7)
     line_t, line_z = (torch.stack((x[0], x[:2].mean(0), x[1])) for x in (t, z))
-    z4, t3 = module.sample_noise(4, 7).repeat_interleave(3, 0), t.repeat_interleave(3, 0)
+    t3 = t.repeat_interleave(3, 0)
     for flag, noise, text in (("--sample", z.repeat(2, 1), t3),
-                              ("--interpolate", z4, line_t.repeat(4, 1)),
+                              ("--interpolate", z.repeat(3, 1), line_t.repeat_interleave(3, 0)),
                               ("--interpolate-noise", line_z.repeat(2, 1), t3)):
         command = f"--out-dir {out_dir} --seed 7 --samples-per-caption 3 {flag}".split() + [A, B]
         assert call(script, command) == 0

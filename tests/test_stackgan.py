@@ -42,9 +42,10 @@ def test_golden_figures(mode, dtype, rel):
         (stackgan.Discriminator(8, 256), "stage2_D")))
     z, eps, t, x1, x2 = (torch.tensor(golden[name]).to(dtype) for name in (
         "noise", "eps", "text", "img64", "img256"))
-    (fake, mu, log_sigma), (s0, _, _), h = G1(z, eps, t), inner(z, eps, t), D2.features(x2)
+    (fake, kl), (s0, _), h = G1(z, eps, t), inner(z, eps, t), D2.features(x2)
+    _, mu, log_sigma = G1.ca(t, eps)
     ours = dict(stage1_fake=fake, mu=mu, logvar=2 * log_sigma, stage2_stage1_fake=s0,
-                kl_mean=stackgan.kl_loss(mu, log_sigma), D1_cond=D1(x1, mu).sigmoid(),
+                kl_mean=kl, D1_cond=D1(x1, mu).sigmoid(),
                 stage2_fake_16x=G2(s0, eps, t)[0][..., ::16, ::16],
                 D2_cond=D2.score(h, G2.ca(t, eps)[1]).sigmoid(),
                 D2_uncond=D2.unconditional(h).flatten().sigmoid())
@@ -56,14 +57,14 @@ def test_golden_figures(mode, dtype, rel):
 def test_steps_minimise_the_losses(stage, size, shape):
     """Stage-II scores images alone too: two scores of right and three of wrong images."""
     torch.manual_seed(0)
-    G, D, opt_g, opt_d = stackgan.build(stage, 4, 2, 128, 1)
+    G, D, opt_g, opt_d = stackgan.build(size, 4, 2, 1)
     G, D = G.double(), D.double()
     real, x, eps, t, t_wrong = (torch.randn(4, *s).double() for s in (
         (3, size, size), shape, (128,), (1024,), (1024,)))
-    (fake, mu, log_sigma), (again, mu2, log_sigma2) = G(x, eps, t), G(x, eps, t)
+    (fake, kl), (again, _), (c, mu, log_sigma) = G(x, eps, t), G(x, eps, t), G.ca(t, eps)
     hidden = F.leaky_relu(F.linear(t, *G.ca.fc.parameters()), 0.2)
     torch.testing.assert_close((mu, log_sigma), hidden.split(128, 1))
-    torch.testing.assert_close(G.ca(t, eps)[0], mu + log_sigma.exp() * eps)
+    torch.testing.assert_close(c, mu + log_sigma.exp() * eps)
     torch.testing.assert_close(D.text(t), F.leaky_relu(F.linear(t, *D.text[0].parameters()), 0.2))
     h, h_fake = D.features(real), D.features(again.detach())
     right, wrong = [D.score(h, t)], [D.score(h, t_wrong), D.score(h_fake, t)]
@@ -74,9 +75,9 @@ def test_steps_minimise_the_losses(stage, size, shape):
     loss = -F.logsigmoid(torch.stack(right)).mean() - F.logsigmoid(-torch.stack(wrong)).mean()
     stats = check_step(lambda: stackgan.d_step(D, opt_d, real, fake, t, t_wrong), loss, D, G)
     torch.testing.assert_close(stats[1:], probabilities)
-    h, kl = D.features(again), stackgan.kl_loss(mu, log_sigma)
+    h = D.features(again)
     scores = [D.score(h, t)] if stage == 1 else [D.score(h, t), D.unconditional(h)]
-    divergence = kl_divergence(Normal(mu2, log_sigma2.exp()), Normal(0.0, 1.0)).mean()
+    divergence = kl_divergence(Normal(mu, log_sigma.exp()), Normal(0.0, 1.0)).mean()
     loss = 2 * divergence - sum(F.logsigmoid(s).mean() for s in scores)
     check_step(lambda: stackgan.g_step(D, opt_g, fake, t, kl) + 2 * kl.detach(), loss, G, D)
 
@@ -89,10 +90,10 @@ import copy, runpy, sys
 sys.modules.update(dict.fromkeys(["torchvision", "PIL", "common", "data"]))    # cannot be imported
 import torch, dfgan, gan_cls, stackgan
 for m, sizes, betas in ((dfgan, (2, 64), (0.0, 0.9)), (gan_cls, (4, 2), (0.5, 0.999)),
-                        (stackgan, (1, 4, 2), (0.5, 0.999))):
+                        (stackgan, (64, 4, 2), (0.5, 0.999))):
     G, D, opt_g, opt_d = m.build(*sizes)
     z, eps, t = (torch.randn(4, n) for n in (m.NZ, 128, m.TEXT))
-    fake, kl = (G(z, eps, t)[0], [0]) if m is stackgan else (G(z, t), [])
+    fake, *kl = G(z, eps, t) if m is stackgan else [G(z, t)]
     real, ema, old = torch.randn(4, 3, 64, 64), copy.deepcopy(G), copy.deepcopy(G.state_dict())
     stats = m.d_step(D, opt_d, real, fake, t, t), m.g_step(D, opt_g, fake, t, *kl)
     assert all(x.isfinite().all() for x in stats)
