@@ -37,12 +37,14 @@ def init_distributed(device):
     """Join the processes of torchrun, if any. Return the device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "cuda" in device and not torch.cuda.is_available():
+        raise UserError("CUDA is not available")
     if "LOCAL_RANK" in os.environ:
         backend = "gloo"
         if device == "cuda":
             backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # rank 0 prepares
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # downloads
         if rank() > 0:
             sys.stdout, Progress.enabled = open(os.devnull, "w"), False
     return device
@@ -149,19 +151,19 @@ def parse_args(parser, presets, fixed, argv=None):
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.usage = "python %(prog)s.py [--help] [flags]"
     add = parser.add_argument
-    add("--data", default="toy", help="toy, flowers, cub, coco or a folder")
+    add("--data", default="toy", help="toy (small networks), flowers, cub, coco or a folder")
     add("--root", default="datasets", help="of flowers, cub and coco; caches: datasets/cache")
-    add("--out-dir", help="default: runs/<script>-<data>")
+    add("--out-dir", help="None: runs/<script>-<data>")
     add("--device", default="auto")
     add("--seed", type=int, default=0, help="of a new run or of samples")
     add("--ema", type=float, default=0.999, help="decay of the average of G (no paper)")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="default: on CUDA")
-    add("--text-encoder", metavar="FILE", help="default: released, or trained here")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="None: on CUDA")
+    add("--text-encoder", metavar="FILE", help="of a new run; None: released or trained here")
     add("--eval-every", type=int, metavar="EPOCHS", help="log metrics")
     add("--samples-per-caption", type=int, default=8, help="images a row")
     add("--num-images", type=int, help="files a caption, no grid")
     add("--fid-samples", type=int, default=30000)
-    add("--r-precision-encoder", metavar="FILE", help="default: runs/damsm-<data>/encoder.pt")
+    add("--r-precision-encoder", metavar="FILE", help="None: runs/damsm-<data>/encoder.pt")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--sample", nargs="+", metavar="CAPTION", help="draw images of captions")
     add("--interpolate", nargs=2, metavar=("A", "B"), help="draw from caption A to B")
@@ -169,8 +171,6 @@ def parse_args(parser, presets, fixed, argv=None):
     add("--evaluate", action="store_true", help="print FID and other metrics")
 
     args, script = parser.parse_args(argv), parser.prog
-    if "cuda" in args.device and not torch.cuda.is_available():
-        parser.error("CUDA is not available")
     device = init_distributed(args.device)
     captions = args.sample or args.interpolate or args.interpolate_noise
     training = not (captions or args.evaluate)
@@ -227,7 +227,7 @@ class TextEncoder(nn.Module):
     def encode_prompts(self, captions):
         """Return the embeddings of typed captions, (N, dim).
 
-        Short ones are repeated up to the usual training length: CharCNNRNN saw few blanks."""
+        Short ones are repeated up to min_prompt_length: CharCNNRNN saw few blanks."""
         captions = [captions] if isinstance(captions, str) else captions
         for caption in captions:
             unknown = [part for part in self.split(caption) if part not in self.numbers]
@@ -237,7 +237,7 @@ class TextEncoder(nn.Module):
         return self.encode([" ".join([c] * max(1, n // (len(c) + 1))) for c in captions])
 
 class CharCNNRNN(TextEncoder):
-    """Characters -> (B, 1024): three convolutions, a gated recurrence, the mean of its states."""
+    """Characters -> (B, 1024): three convolutions, a GRU, its mean state (ICML 2016 code)."""
     alphabet = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
     numbers = {c: i for i, c in enumerate(alphabet, 1)}  # of the two "-" the second counts
     dim = 1024
@@ -335,7 +335,7 @@ def symmetric_loss(loss, score, classes):
 
 def joint_embedding_loss(image, text, classes):
     """Return the mean of max(0, 1 + wrong - right) of inner products of images and texts (B, 1024)
-    (Reed et al., eq. 3-5)."""
+    (Reed et al., CVPR 2016)."""
     return symmetric_loss(F.multi_margin_loss, image @ text.T, classes)
 
 def sentence_loss(image, sentence, classes):
@@ -344,16 +344,16 @@ def sentence_loss(image, sentence, classes):
     return symmetric_loss(F.cross_entropy, GAMMA3 * score, classes)
 
 def word_loss(regions, words, lengths, classes):
-    """DAMSM loss between regions (B, 256, N) and words (B, 256, T), of which lengths (B,) count
-    (AttnGAN, eq. 7-12): each word attends to the regions of every image."""
+    """DAMSM loss between regions (B, 256, N) and words (B, 256, T) of lengths (B,) (AttnGAN, eq.
+    7-12): each word attends to the regions of every image."""
     padding = torch.arange(words.shape[2], device=words.device) >= lengths[:, None]  # (B, T)
     score = torch.einsum("idn,jdt->ijnt", regions, words)  # of image i and caption j
     attention = score.masked_fill(padding[:, None], -torch.inf).softmax(3)  # eq. 8
     attention = (GAMMA1 * attention).softmax(2)  # eq. 9
     context = torch.einsum("ijnt,idn->ijtd", attention, regions)
-    norms = context.norm(dim=3) * words.norm(dim=1)  # of padding 0
+    norms = context.norm(dim=3) * words.norm(dim=1)  # padding: 0
     cosine = (score * attention).sum(2) / norms.clamp(min=1e-6)  # context.word / norms, (B, B, T)
-    # eq. 10; released code, as here: without the root of 1 / GAMMA2
+    # eq. 10; as released, without the exponent 1 / GAMMA2
     match = (GAMMA2 * cosine).masked_fill(padding, -torch.inf).logsumexp(2)
     return symmetric_loss(F.cross_entropy, GAMMA3 * match, classes)
 
@@ -373,7 +373,7 @@ class FIDInception(nn.Module):
         net.load_state_dict(weights, strict=False)
         net.fc = nn.Identity()
         self.net = net.eval().to(memory_format=torch.channels_last)
-        # torchvision's average pools count the padding; the FID's do not, and its last is a maximum
+        # The FID's average pools ignore padding, torchvision's do not; its last is a maximum
         for name, block in net.named_children():
             if hasattr(block, "branch_pool"):
                 pool = (nn.MaxPool2d(3, 1, 1) if name == "Mixed_7c" else
@@ -443,7 +443,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     image_encoder = ImageEncoder(encoder.dim, small)
     norm = nn.BatchNorm1d(encoder.dim).requires_grad_(False)
     if char:
-        nn.init.zeros_(image_encoder.global_proj.weight)  # all scores start at 0
+        nn.init.zeros_(image_encoder.global_proj.weight)  # images start equal
     nets = nn.ModuleList([encoder, image_encoder, norm]).to(device)
     optimizer = torch.optim.Adam(nets.parameters(), lr, betas)
     inputs = None if small else inception_features(train_set, device)
@@ -474,7 +474,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     nets.eval()
     if char:
         encoder.emb_proj = nn.utils.fuse_linear_bn_eval(encoder.emb_proj, norm)
-    # RMS length. At 32, the text swamps z in Reed's G; at 2, MA-GP keeps D from using the text
+    # Set the RMS norm. At 32, text swamps z in Reed's G; at 2, MA-GP stops D from using the text
     x = encoder.encode(train_set.captions[::len(train_set.captions) // 1000 + 1])
     encoder.config["scale"] = ((1 if char else 5) / x.square().sum(1).mean().sqrt()).item()
     save_checkpoint(path, {
@@ -495,7 +495,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{name} is not allowed")
 
 def load_text_encoder(path):
-    """Return the text encoder of a checkpoint or released file (DAMSM: beside captions.pickle)."""
+    """Return the text encoder of a file; a released DAMSM needs captions.pickle beside it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("text_encoder", state)
@@ -536,8 +536,8 @@ def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None):
 def embed_captions(encoder, dataset):
     """Return the embeddings of all captions, (M, dim), cached on disk."""
     weights = nn.utils.parameters_to_vector(encoder.parameters())
-    key = hashlib.sha256(repr(dataset.captions).encode() + weights.cpu().numpy().tobytes())
-    path = Path(f"{dataset.cache}-{key.hexdigest()[:16]}.pt")
+    key = repr((encoder.config, dataset.captions)).encode() + weights.cpu().numpy().tobytes()
+    path = Path(f"{dataset.cache}-{hashlib.sha256(key).hexdigest()[:16]}.pt")
     if path.exists():
         x = load_checkpoint(path, "embeddings")["x"].to(weights.device)
     else:
@@ -546,7 +546,7 @@ def embed_captions(encoder, dataset):
     rms = x.square().sum(1).mean().sqrt()
     print(f"RMS length of the embeddings: {rms:.2f}")
     if encoder.dim == 1024 and rms > 2:
-        print("warning: encoders trained here have 1; G will see less of the noise")
+        print("warning: above the 1 of encoders trained here; text may swamp z")
     return x
 
 # ---- Evaluation
@@ -556,9 +556,8 @@ def frechet_distance(x, y):
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), of means and covariances."""
     x, y = x.double(), y.double()
     cov1, cov2 = torch.cov(x.T), torch.cov(y.T)
-    root = torch.linalg.eigvals(cov1 @ cov2).sqrt().real.sum()  # its trace
-    distance = (x.mean(0) - y.mean(0)).square().sum() + (cov1 + cov2).trace() - 2 * root
-    return distance.item()
+    trace = (cov1 + cov2).trace() - 2 * torch.linalg.eigvals(cov1 @ cov2).sqrt().real.sum()
+    return ((x.mean(0) - y.mean(0)).square().sum() + trace).item()
 
 def r_precision(image, captions, text, classes):
     """Return how often an image (N, D) has a larger cosine with its caption (N,) than with 99 of
@@ -586,6 +585,8 @@ def evaluate(images, captions, groups, test_set, device, r_precision_encoder=Non
         metrics = data.attribute_accuracy(torch.cat([*images]), torch.cat(captions), test_set)
         print(metrics)
         return metrics
+    path = Path(r_precision_encoder or encoder_path("damsm", test_set.name))
+    state = load_checkpoint(path, "text encoder") if path.exists() else {}
     net = FIDInception().to(device)
     fake = torch.cat([net(((x + 1) * 127.5).round() / 127.5 - 1)[0] for x in images])
     real = torch.cat([net(test_set.center_crop(index).to(device))[0]
@@ -593,8 +594,6 @@ def evaluate(images, captions, groups, test_set, device, r_precision_encoder=Non
     print(f"FID: {len(fake)} images, {len(real)} real test images of {test_set.size} px")
     metrics = {"fid": frechet_distance(real, fake),
                "diversity": torch.stack([F.pdist(net(x)[0]) for x in groups]).mean().item()}
-    path = Path(r_precision_encoder or encoder_path("damsm", test_set.name))
-    state = load_checkpoint(path, "text encoder") if path.exists() else {}
     if state.get("features") != "inception":
         print(f"R-precision needs {path} with Inception features: "
               f"python common.py --encoder damsm --data {test_set.name}")

@@ -81,7 +81,7 @@ def fetch(url, folder, name, md5=None):
             next(Path(temp).rglob(name)).rename(target)
     except Exception as error:
         raise UserError(
-            f"cannot get {name} ({error}); save {url} as {archive}, or delete it if damaged")
+            f"cannot get {name} ({error!r}); save {url} as {archive}, or delete it if damaged")
     return target
 
 def read_captions(path):
@@ -91,7 +91,7 @@ def read_captions(path):
 
 def flowers(folder, split):
     """Load Oxford-102: 7,034 train or 1,155 test images, split as by Reed et al."""
-    # Needs a browser or gdown. The part after # is the name of the archive
+    # Needs a browser. The part after # names the archive
     captions = fetch("https://drive.google.com/file/d/0B0ywwgffWnLLcms2WWJQRFNSWXM/view?"
                      "resourcekey=0-Av8zFbeDDvNcF1sSjDR32w#/cvpr2016_flowers.tar.gz",
                      folder, "text_c10")
@@ -168,7 +168,7 @@ TEMPLATES = [  # counts most often: they are the hardest
     "{count} {petal} petals around a {centre} centre"]
 
 def toy(folder, split):
-    """Load 27 flowers of each combination. One centre of each petal colour is for testing only."""
+    """Load 27 flowers of each combination. One centre a petal colour is for testing only."""
     records, rng = [], np.random.default_rng([0, split == "test"])
     for (i, petal), (j, centre), count, _ in itertools.product(
             enumerate(PETALS), enumerate(CENTRES), PETAL_COUNTS, range(27)):
@@ -190,7 +190,7 @@ def render_flower(attributes, side):
     for colour, inside, light in (
             (PETALS[attributes["petal"]], radius * (0.25 + 0.75 * lobe) - r, 0.8 + 0.24 * lobe),
             (CENTRES[attributes["centre"]], 0.3 * radius - r, 1.05 - 0.3 * r / radius)):
-        mask = np.clip(inside * side + 0.5, 0, 1)[..., None]  # soft edges
+        mask = np.clip(inside * side + 0.5, 0, 1)[..., None]
         image += mask * (np.array(colour) * light[..., None] + rng.normal(0, 7, 3) - image)
     return np.clip(image, 0, 255).astype(np.uint8)
 
@@ -217,7 +217,7 @@ def classify_toy(images):
             for p, c, k in zip(petal, centre, count.argmax(1))]
 
 def attribute_accuracy(images, captions, dataset):
-    """Return how often images (N, 3, S, S) have the attributes named by captions (N,), numbers."""
+    """Return how often images (N, 3, S, S) show the attributes in their captions, numbers (N,)."""
     hits = dict(petal=[], centre=[], count=[])
     for shown, i in zip(classify_toy(images), captions):
         true = dataset.records[dataset.caption_owners[i]].attributes
@@ -240,7 +240,7 @@ def load_image(record, side):
         image = Image.alpha_composite(white, image.convert("RGBA"))
         image = ImageOps.fit(image.convert("RGB"), (side, side), Image.BILINEAR)
     except Exception as error:
-        raise UserError(f"cannot read the image {record.path} ({error}); remove it")
+        raise UserError(f"cannot read the image {record.path} ({error}); fix it")
     return np.asarray(image).transpose(2, 0, 1)
 
 def load_images(records, side, label):
@@ -259,6 +259,8 @@ class CaptionDataset:
     captions: a list; image i has caption_counts[i] from caption_offsets[i] on."""
     def __init__(self, name, split, size, records):
         self.name, self.size, self.records = name, size, records
+        if not all(r.captions for r in records):
+            raise UserError(f"{name}: missing captions")
         files = [(r.path, r.path and r.path.stat().st_mtime_ns, r.attributes) for r in records]
         key = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
         self.cache = f"datasets/cache/{Path(name).name}-{split}-{key}"
@@ -299,7 +301,7 @@ def dataset_id(name):
     return name if name in DATASETS else str(Path(name).resolve())
 
 def load_dataset(name, split="train", size=64, root="datasets"):
-    """Return the "train" or "test" images of root/name, or of a folder; size: S."""
+    """Return the "train" or "test" split of root/name or a folder, at S = size."""
     folder = Path(root, dataset_id(name)).resolve()  # a folder's id is an absolute path
     records = DATASETS.get(name, image_folder)(folder, split)
     return CaptionDataset(name, split, size, records)
@@ -329,7 +331,7 @@ class Batches:
         self.rank, self.world_size, self.epoch = rank, world_size, None
         self.images, self.cuda = dataset.images, "cuda" in device
         if self.cuda and self.images.numel() < torch.cuda.mem_get_info(device)[1] / 3:
-            self.images = self.images.to(device)  # if they take less than a third of its memory
+            self.images = self.images.to(device)
         self.by_class = dataset.classes.argsort(stable=True), dataset.classes.bincount()
 
     def __len__(self):
@@ -352,7 +354,7 @@ class Batches:
         wrong = captions.roll(1, 0) if self.rolled else dataset.sample_captions(other, self.k, rng)
         rows = torch.cat((index[:, None], corner, flip, captions, wrong), 1)
         rows = rows.chunk(self.world_size)[self.rank]
-        on_device = self.to_device(rows)  # one copy: small ones block the host
+        on_device = self.to_device(rows)  # one copy instead of five
         index, top, left, flip = (on_device if self.images.is_cuda else rows)[:, :4].T
         windows = self.images.unfold(2, size, 1).unfold(3, size, 1)  # a view: all crops
         images = windows[index, :, top, left]

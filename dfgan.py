@@ -49,7 +49,7 @@ class Affine(nn.Module):
         return torch.addcmul(beta, gamma, x)
 
 class DFBlock(nn.Module):
-    """Twice an affine transformation and leaky ReLU, as released (figure: ReLU)."""
+    """Twice an affine transformation and leaky ReLU, as released (paper: ReLU)."""
     def __init__(self, a):
         super().__init__()
         self.affine0, self.affine1 = Affine(a), Affine(a)
@@ -64,7 +64,7 @@ class NearestUpConv(nn.Conv2d):
     def forward(self, x):
         if x.shape[2] < 8:  # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
-        # Not F.avg_pool2d: wrong gradient on CUDA with padding (PyTorch issue 188344)
+        # 2x2 sums, not by F.avg_pool2d: wrong CUDA gradient (PyTorch issue 188344)
         weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         weight = weight[:, :, 1:] + weight[:, :, :-1]
         weight = weight[..., 1:] + weight[..., :-1]  # (b, a, 4, 4)
@@ -109,8 +109,8 @@ class Generator(nn.Module):
         return self.to_rgb(x)
 
 class Convolution(torch.autograd.Function):
-    """F.conv2d whose backward MA-GP differentiates fast: the derivative of PyTorch's backward
-    convolves with whole feature maps."""
+    """F.conv2d with a fast double backward, for MA-GP. PyTorch's convolves with whole feature
+    maps."""
     @staticmethod
     def forward(x, weight, bias, stride, padding):
         return F.conv2d(x, weight, bias, stride, padding)
@@ -135,7 +135,7 @@ class DConv2d(nn.Conv2d):
         return Convolution.apply(x, self.weight, self.bias, self.stride, self.padding)
 
 class DownBlock(nn.Module):
-    """(B, a, 2s, 2s) -> (B, b, s, s): shortcut + gamma residual. gamma starts at 0, as released."""
+    """(B, a, 2s, 2s) -> (B, b, s, s): shortcut + gamma * residual; gamma starts at 0 (released)."""
     def __init__(self, a, b):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1))
@@ -173,7 +173,7 @@ class Discriminator(nn.Module):
 # ---- Losses
 
 def hinge_loss(real, wrong, fake):
-    """E max(0, 1 - D(x, t)) + [E max(0, 1 + D(x, t')) + E max(0, 1 + D(G(z, t), t))] / 2  (3.2)."""
+    """E max(0, 1 - D(x, t)) + [E max(0, 1 + D(x, t')) + E max(0, 1 + D(G(z, t), t))] / 2, eq. 1."""
     return (F.relu(1 - real) + (F.relu(1 + wrong) + F.relu(1 + fake)) / 2).mean()
 
 def ma_gp(grad_x, grad_t, k=2, p=6):
@@ -183,7 +183,7 @@ def ma_gp(grad_x, grad_t, k=2, p=6):
     return k * (s ** (p / 2)).mean()  # sqrt(s) ** p has a NaN gradient at 0
 
 def d_loss(D, real, fake, t, t_wrong):
-    """Return hinge loss + MA-GP, and d_step's result. torch.func.grad, unlike torch.autograd.grad,
+    """Return the loss of D and what d_step returns. torch.func.grad, unlike torch.autograd.grad,
     lets Convolution skip the gradients of weights."""
     def score(x, t):
         h = D.features(x)
@@ -328,12 +328,12 @@ def generate(G, noise, embeddings):
     return G(noise.to(embeddings.device), embeddings).float()
 
 def sample(G, encoder, args):
-    """Draw a grid, rows are captions and columns noises; --num-images: files."""
+    """Draw a grid (row: caption, column: noise), or --num-images files."""
     captions, n = args.captions, args.num_images or args.samples_per_caption
     noise, t = sample_noise(n, args.seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
-        kind, noise = "noise", torch.lerp(*noise[:2], alphas)
+        kind, noise = "noise", torch.lerp(noise[0], noise[-1], alphas)
     if args.interpolate:
         kind, t = "interpolation", torch.lerp(*t, alphas.to(t.device))
     noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
@@ -370,8 +370,8 @@ def main(argv=None):
     add("--size", type=int, choices=SIZES, default=256, help="section 4")
     add("--lr-g", type=float, default=1e-4, help="section 4")
     add("--lr-d", type=float, default=4e-4, help="section 4")
-    add("--nf", type=int, default=32, help="width of G and D (released; paper: 64)")
-    add("--init", metavar="FILE", help="a released state_epoch_*.pth; needs --text-encoder")
+    add("--nf", type=int, default=32, help="width of G and D (released)")
+    add("--init", metavar="FILE", help="new run: a state_epoch_*.pth; needs --text-encoder")
     args, checkpoint = common.parse_args(parser, PRESETS, RESUME_ARGS, argv)
     if args.init and not checkpoint:
         checkpoint = load_released(args)

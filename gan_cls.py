@@ -38,7 +38,7 @@ class NearestUpConv(nn.Conv2d):
     def forward(self, x):
         if x.shape[2] < 8:  # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
-        # Not F.avg_pool2d: wrong gradient on CUDA with padding (PyTorch issue 188344)
+        # 2x2 sums, not by F.avg_pool2d: wrong CUDA gradient (PyTorch issue 188344)
         weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         weight = weight[:, :, 1:] + weight[:, :, :-1]
         weight = weight[..., 1:] + weight[..., :-1]  # (b, a, 4, 4)
@@ -136,7 +136,7 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
     return torch.stack((loss, *(s.sigmoid().mean() for s in (s_real, s_wrong, s_fake)))).detach()
 
 def g_step(D, opt_g, fake, t):
-    """Update G. fake: d_step's G(z, t), not detached; t (B, TEXT). Return the loss."""
+    """Update G. fake: G(z, t), not detached; t (B, TEXT), with GAN-INT 3 B / 2. Return the loss."""
     D.requires_grad_(False)  # skips its gradients, and stale weights in autocast's cache
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
@@ -250,12 +250,12 @@ def generate(G, noise, embeddings):
     return G(noise.to(embeddings.device), embeddings).float()
 
 def sample(G, encoder, args):
-    """Draw a grid, rows are captions and columns noises; --num-images: files."""
+    """Draw a grid (row: caption, column: noise), or --num-images files."""
     captions, n = args.captions, args.num_images or args.samples_per_caption
     noise, t = sample_noise(n, args.seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
-        kind, noise = "noise", torch.lerp(*noise[:2], alphas)
+        kind, noise = "noise", torch.lerp(noise[0], noise[-1], alphas)
     if args.interpolate:
         kind, t = "interpolation", torch.lerp(*t, alphas.to(t.device))
     noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)

@@ -30,12 +30,12 @@ except ModuleNotFoundError:  # networks, losses and steps need torch only
 
 NAME, NZ, NC, TEXT = "stackgan", 100, 128, 1024  # z; conditioning c (section 3.5); embedding t
 
-# ---- Networks, as in PT. TF: residual blocks at 4x4 and 8x8 too
+# ---- Networks: PT's, text layers TF's. TF also: residual blocks
 
 class ConditioningAugmentation(nn.Module):
     """t (B, 1024), eps (B, 128) from N(0, 1) -> c = mu + sigma eps, mu, log sigma (section 3.2).
 
-    Leaky ReLU: TF; PT: ReLU, by accident mu >= 0 and sigma >= 1."""
+    Leaky ReLU as in TF: PT's ReLU forces mu >= 0 and sigma >= 1."""
     def __init__(self):
         super().__init__()
         self.fc = nn.Linear(TEXT, 2 * NC)
@@ -50,7 +50,7 @@ class NearestUpConv(nn.Conv2d):
     def forward(self, x):
         if x.shape[2] < 8:  # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
-        # Not F.avg_pool2d: wrong gradient on CUDA with padding (PyTorch issue 188344)
+        # 2x2 sums, not by F.avg_pool2d: wrong CUDA gradient (PyTorch issue 188344)
         weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         weight = weight[:, :, 1:] + weight[:, :, :-1]
         weight = weight[..., 1:] + weight[..., :-1]  # (b, a, 4, 4)
@@ -68,7 +68,7 @@ class UpBlock(nn.Sequential):
         self.relu = nn.ReLU(True)
 
 class Residual(nn.Module):
-    """x (B, a, s, s) -> ReLU(x + a residual of two 3x3 convolutions)."""
+    """x (B, a, s, s) -> ReLU(x + two 3x3 convolutions of x)."""
     def __init__(self, a):
         super().__init__()
         self.body = nn.Sequential(*conv(a, a), nn.ReLU(True), *conv(a, a))
@@ -99,7 +99,7 @@ class Stage2(nn.Module):
         super().__init__()
         self.ca = ConditioningAugmentation()
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, ngf, 3, 1, 1, bias=False), nn.ReLU(True),  # paper: leaky ReLU
+            nn.Conv2d(3, ngf, 3, 1, 1, bias=False), nn.ReLU(True),  # paper: all leaky
             *conv(ngf, 2 * ngf, 4, 2), nn.ReLU(True),
             *conv(2 * ngf, 4 * ngf, 4, 2), nn.ReLU(True))  # (B, 4 ngf, 16, 16)
         self.joint = nn.Sequential(*conv(4 * ngf + NC, 4 * ngf), nn.ReLU(True))
@@ -120,7 +120,7 @@ class Discriminator(nn.Module):
     def __init__(self, ndf=64, size=64):
         super().__init__()
         down = [ndf * 2 ** i for i in range({64: 4, 128: 5, 256: 6}[size])]  # to 4 x 4
-        widths = down + down[3:-1][::-1]  # then 3x3 convolutions, back to 8 ndf
+        widths = down + down[3:-1][::-1]  # then 3x3 (TF: 1x1), to 8 ndf
         layers = [nn.Conv2d(3, ndf, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
         for a, b in zip(widths, widths[1:]):
             layers += *(conv(a, b, 4, 2) if a < b else conv(a, b)), nn.LeakyReLU(0.2, True)
@@ -142,7 +142,7 @@ class Discriminator(nn.Module):
         return self.score(self.features(x), t)
 
 def init_weights(net):
-    """Weights N(0, 0.02), of batch norm N(1, 0.02), biases 0, as released."""
+    """As released: weights N(0, 0.02), of batch norm N(1, 0.02). Biases 0."""
     for name, p in net.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
@@ -152,7 +152,7 @@ def init_weights(net):
 # ---- Losses, of logits s: -log sigmoid(s) = softplus(-s), -log(1 - sigmoid(s)) = softplus(s)
 
 def d_loss(real, wrong, fake):
-    """-log D(I, t) - [log(1 - D(I, t_wrong)) + log(1 - D(G(.), t))] / 2  (eq. 3 and 5, GAN-CLS)."""
+    """-log D(I, t) - [log(1 - D(I, t_wrong)) + log(1 - D(G(.), t))] / 2  (eq. 3 with GAN-CLS)."""
     return (F.softplus(-real) + (F.softplus(wrong) + F.softplus(fake)) / 2).mean()
 
 def g_loss(fake):
@@ -160,7 +160,7 @@ def g_loss(fake):
     return F.softplus(-fake).mean()
 
 def kl_loss(mu, log_sigma):
-    """KL(N(mu, sigma^2) || N(0, 1)), averaged over dimensions (B, 128)  (eq. 2)."""
+    """KL(N(mu, sigma^2) || N(0, 1)), (B, 128), mean over dimensions  (eq. 2: sum)."""
     return ((mu.square() + (2 * log_sigma).exp() - 1) / 2 - log_sigma).mean()
 
 # ---- Steps
@@ -169,12 +169,12 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
     """Update D. Return loss, D(real), D(wrong), D(fake). real, fake (B, 3, S, S); t, t_wrong
     (B, TEXT).
 
-    Wrong pair: real image, text of another class; TF: text, real image of another class; PT: the
-    next text of the batch."""
+    Wrong text: of another class. TF: wrong image, of another class. PT: wrong text, the next of
+    the batch."""
     h, h_fake = D.features(real), D.features(fake.detach())
     s_real, s_wrong, s_fake = D.score(h, t), D.score(h, t_wrong), D.score(h_fake, t)
     loss = d_loss(s_real, s_wrong, s_fake)
-    if D.unconditional:  # Stage-II scores images alone too, as in PT
+    if D.unconditional:  # Stage-II: not eq. 5, images alone too (PT)
         right = torch.cat((s_real, D.unconditional(h).flatten()))
         wrong = torch.cat((s_wrong, s_fake, D.unconditional(h_fake).flatten()))
         loss = F.softplus(-right).mean() + F.softplus(wrong).mean()
@@ -191,7 +191,7 @@ def g_step(D, opt_g, fake, t, kl):
     if D.unconditional:
         loss += g_loss(D.unconditional(h))
     opt_g.zero_grad()
-    (loss + 2 * kl).backward()  # as released; paper: loss + kl
+    (loss + 2 * kl).backward()  # PT, TF; paper: loss + 128 kl
     opt_g.step()
     D.requires_grad_(True)
     return loss.detach()
@@ -212,8 +212,8 @@ def build(size, ngf=128, ndf=64, num_residual=4, lr=2e-4, device="cpu"):
 
 # ---- Training
 
-def train(args, checkpoint, stage, stop=None):
-    """Train or resume a stage and the next; write last.pt, log.csv and grids of samples."""
+def train(args, checkpoint, stage):
+    """Train or resume a stage; write last.pt, log.csv and grids of samples."""
     size = 64 if stage == 1 else args.size
     with common.main_process_first():
         train_set = data.load_dataset(args.data, "train", size, args.root)
@@ -247,8 +247,8 @@ def train(args, checkpoint, stage, stop=None):
     num_steps, saved = args.epochs * len(batches), 0
     print(f"{len(train_set)} images, {num_steps} steps on {args.device}, to {args.out_dir}")
     bar = data.Progress(num_steps * args.batch_size, f"Stage {stage}", done=start * args.batch_size)
-    stop = stop or common.GracefulStop()
-    for step in range(start, num_steps if stage <= args.stage else 0):
+    stop = common.GracefulStop()
+    for step in range(start, num_steps):
         epoch, batch = divmod(step, len(batches))
         for opt in (opt_g, opt_d):
             opt.param_groups[0]["lr"] = args.lr * 0.5 ** (epoch // args.lr_decay_epochs)
@@ -285,10 +285,7 @@ def train(args, checkpoint, stage, stop=None):
                 args={n: vars(args)[n] for n in RESUME_ARGS}, text_encoder=encoder, **parts))
         if stopping:
             return 128 + stop.signal
-    if stage < args.stage:
-        with common.main_process_first():
-            checkpoint = common.load_checkpoint(args.out_dir / "last.pt", NAME)
-        return train(args, checkpoint, stage + 1, stop)
+    stop.signal = True  # until the next stage, signals exit
 
 # ---- Sampling
 
@@ -317,12 +314,12 @@ def generate(G, noise, embeddings):
     return x.float()
 
 def sample(G, encoder, args):
-    """Draw a grid, rows are captions and columns noises; --num-images: files."""
+    """Draw a grid (row: caption, column: noise), or --num-images files."""
     captions, n = args.captions, args.num_images or args.samples_per_caption
     noise, t = sample_noise(n, args.seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
     if args.interpolate_noise:
-        kind, noise = "noise", torch.lerp(*noise[:2], alphas)
+        kind, noise = "noise", torch.lerp(noise[0], noise[-1], alphas)
     if args.interpolate:
         kind, t = "interpolation", torch.lerp(*t, alphas.to(t.device))
     noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
@@ -368,7 +365,12 @@ def main(argv=None):
     add("--captions-per-image", type=int, default=4, help="averaged (TF)")
     args, checkpoint = common.parse_args(parser, PRESETS, RESUME_ARGS, argv)
     if not (args.captions or args.evaluate):
-        return train(args, checkpoint, checkpoint["stage"] if checkpoint else 1)
+        for stage in range(checkpoint["stage"] if checkpoint else 1, args.stage + 1):
+            if status := train(args, checkpoint, stage):
+                return status
+            with common.main_process_first():
+                checkpoint = common.load_checkpoint(args.out_dir / "last.pt", NAME)
+        return
     G, encoder = load_generator(checkpoint, args.device)
     G = G[:args.stage]
     if args.captions:

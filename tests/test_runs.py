@@ -129,10 +129,9 @@ def test_signal_saves_in_the_middle_of_an_epoch(script, number):
     assert state["step"] == 3 and len(state["history"]) == 1 and state["sums"].any()
     resume(script, f"signal-{script}")
 
-def test_signal_between_the_stages_is_not_lost():
+def test_signal_between_the_stages_stops_at_once():
     assert drive(BETWEEN, "stackgan", "between").returncode == 130
-    state = load("stackgan", "between")
-    assert (state["stage"], state["step"]) == (2, 1)
+    assert load("stackgan", "between")["stage"] == 1
     resume("stackgan", "between")
 
 def test_kill_while_writing_keeps_the_last_checkpoint():
@@ -163,7 +162,7 @@ def test_samples_are_those_of_the_python_api(script, capsys):
     module, out_dir = importlib.import_module(script), random_model(script)
     G, text_encoder = module.load_generator(f"{out_dir}/last.pt")
     t, z = text_encoder.encode_prompts([A, B]), module.sample_noise(3, 7)
-    line_t, line_z = (torch.stack((x[0], x[:2].mean(0), x[1])) for x in (t, z))
+    line_t, line_z = (torch.stack((x[0], (x[0] + x[-1]) / 2, x[-1])) for x in (t, z))
     t3 = t.repeat_interleave(3, 0)
     for flag, noise, text in (("--sample", z.repeat(2, 1), t3),
                               ("--interpolate", z.repeat(3, 1), line_t.repeat_interleave(3, 0)),
