@@ -207,7 +207,7 @@ def parse_args(parser, presets, fixed, argv=None):
 class TextEncoder(nn.Module):
     """tokenize(captions) -> integers (B, T); embed(tokens) -> sentence embeddings (B, dim).
 
-    config, part of the state dict: "vocabulary", "min_prompt_length", "scale"."""
+    config, part of the state dict: "vocabulary", "min_prompt_length", "rms", "scale"."""
     def get_extra_state(self):
         return self.config
 
@@ -474,9 +474,8 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     nets.eval()
     if char:
         encoder.emb_proj = nn.utils.fuse_linear_bn_eval(encoder.emb_proj, norm)
-    # Set the RMS norm. At 32, text swamps z in Reed's G; at 2, MA-GP stops D from using the text
     x = encoder.encode(train_set.captions[::len(train_set.captions) // 1000 + 1])
-    encoder.config["scale"] = ((1 if char else 5) / x.square().sum(1).mean().sqrt()).item()
+    encoder.config["rms"] = x.square().sum(1).mean().sqrt().item()
     save_checkpoint(path, {
         "kind": "text encoder", "data": name, "iterations": iterations, "features": features,
         "text_encoder": encoder, "image_encoder": image_encoder})
@@ -511,9 +510,10 @@ def load_text_encoder(path):
 def encoder_path(kind, name):
     return Path(f"runs/{kind}-{Path(name).name}/encoder.pt")
 
-def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None):
+def get_text_encoder(kind, rms, dataset, root, device, checkpoint=None, path=None):
     """Return the frozen text encoder of the checkpoint, else of the file `path`, else a released
-    DAMSM (cub, coco), else one trained here."""
+    DAMSM (cub, coco), else one trained here. Embeddings of the last have the RMS length `rms`: long
+    ones swamp z in GAN-CLS, short ones are lost on D in StackGAN and, by MA-GP, in DF-GAN."""
     if checkpoint:
         return text_encoder_from_state_dict(checkpoint["text_encoder"]).to(device)
     name = dataset.name
@@ -531,6 +531,7 @@ def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None):
     encoder = load_text_encoder(path)
     if encoder.dim != (256 if kind == "damsm" else 1024):
         raise UserError(f"{path} is no {kind} encoder")
+    encoder.config["scale"] = rms / encoder.config.get("rms", rms)
     return encoder.to(device)
 
 def embed_captions(encoder, dataset):
@@ -544,9 +545,7 @@ def embed_captions(encoder, dataset):
         x = encoder.encode(dataset.captions)
         save_checkpoint(path, {"kind": "embeddings", "x": x})
     rms = x.square().sum(1).mean().sqrt()
-    print(f"RMS length of the embeddings: {rms:.2f}")
-    if encoder.dim == 1024 and rms > 2:
-        print("warning: above the 1 of encoders trained here; text may swamp z")
+    print(f"RMS length of the embeddings: {rms:.2f}; from long ones, G may ignore the noise")
     return x
 
 # ---- Evaluation

@@ -166,7 +166,7 @@ def train(args, checkpoint):
         train_set = data.load_dataset(args.data, "train", 64, args.root)
         test_set = data.load_dataset(args.data, "test", 64, args.root)
         encoder = common.get_text_encoder(
-            "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder)
+            "char-cnn-rnn", 1, train_set, args.root, args.device, checkpoint, args.text_encoder)
         embeddings = common.embed_captions(encoder, train_set)  # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            args.captions_per_image, common.rank(), common.world_size())

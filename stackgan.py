@@ -5,9 +5,9 @@ Two stages draw an image from noise z and caption embedding t.
     Conditioning Augmentation  c is a sample of N(mu(t), sigma(t)^2) (section 3.2)
     Stage-I                    s0 = G0(z, c0), 64 px (section 3.3)
     Stage-II                   G(s0, c), 256 px, without z; G0 is fixed (section 3.4)
-TF and PT: the authors' code in TensorFlow and in PyTorch.
+TF, PT: the authors' code in TensorFlow, PyTorch.
 
-    python stackgan.py  # toy data, minutes on a CPU
+    python stackgan.py  # toy data, Stage-I; --stage 2: both
     python stackgan.py --data flowers  # both stages; run again to resume
     python stackgan.py --data flowers --sample "pink flower" "a white flower"
     python stackgan.py --data flowers --evaluate
@@ -219,7 +219,7 @@ def train(args, checkpoint, stage):
         train_set = data.load_dataset(args.data, "train", size, args.root)
         test_set = data.load_dataset(args.data, "test", size, args.root)
         encoder = common.get_text_encoder(
-            "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder)
+            "char-cnn-rnn", 8, train_set, args.root, args.device, checkpoint, args.text_encoder)
         embeddings = common.embed_captions(encoder, train_set)  # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            args.captions_per_image, common.rank(), common.world_size())
@@ -343,8 +343,8 @@ def evaluate(G, encoder, test_set, args):
 # ---- Command line
 
 PRESETS = {
-    "toy": dict(epochs=12, size=128, ngf=16, ndf=16, batch_size=8, lr=4e-4, captions_per_image=1,
-                ema=0.998, num_residual=2, eval_every=12, fid_samples=1024),
+    "toy": dict(stage=1, epochs=16, size=128, ngf=16, ndf=16, batch_size=8, lr=4e-4, ema=0.998,
+                captions_per_image=1, num_residual=2, eval_every=16, fid_samples=1024),
     "coco": dict(epochs=120, ngf=192, ndf=96, num_residual=2, captions_per_image=1,
                  lr_decay_epochs=20)}  # PT
 RESUME_ARGS = ("data", "size", "ngf", "ndf", "num_residual", "batch_size", "lr", "lr_decay_epochs",
@@ -359,8 +359,8 @@ def main(argv=None):
     add("--size", type=int, choices=[128, 256], default=256, help="of Stage-II (section 3.5)")
     add("--lr", type=float, default=2e-4, help="section 3.5")
     add("--lr-decay-epochs", type=int, default=100, help="halve lr (section 3.5)")
-    add("--ngf", type=int, default=128, help="width of both G (released)")
-    add("--ndf", type=int, default=64, help="width of both D (released)")
+    add("--ngf", type=int, default=128, help="width of G (released)")
+    add("--ndf", type=int, default=64, help="width of D (released)")
     add("--num-residual", type=int, default=4, help="section 3.5: 4, at 128 px 2")
     add("--captions-per-image", type=int, default=4, help="averaged (TF)")
     args, checkpoint = common.parse_args(parser, PRESETS, RESUME_ARGS, argv)

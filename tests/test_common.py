@@ -35,7 +35,7 @@ def test_released_encoders(name, key):
     golden = np.load(shared("golden", f"{name}.npz"))
     encoder, captions = common.load_text_encoder(save_released(name)), golden["captions"]
     if name == "damsm_text":
-        encoder = common.get_text_encoder("damsm", SimpleNamespace(name="cub"), "root", "cpu")
+        encoder = common.get_text_encoder("damsm", 5, SimpleNamespace(name="cub"), "root", "cpu")
         words, _ = encoder(torch.from_numpy(captions))
         np.testing.assert_allclose(words, golden["words"], atol=1e-5, rtol=0)
         captions = [" ".join(WORDS[i] for i in row if i) for row in captions]
@@ -82,13 +82,13 @@ def test_unusable_encoders_are_user_errors():
 def test_text_encoders_are_trained_and_chosen(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     name = data.dataset_id("own")
-    for kind, dim, iterations, length in (("char-cnn-rnn", 1024, 5, 1), ("damsm", 256, 20, 5)):
+    captions = data.load_dataset(name, size=64).captions
+    for kind, dim, iterations in (("char-cnn-rnn", 1024, 5), ("damsm", 256, 20)):
         path = tmp_path / f"{kind}.pt"
         common.train_text_encoder(kind, name, "datasets", "cpu", path, iterations, "small")
         encoder = common.load_text_encoder(path)
-        x = encoder.encode(data.load_dataset(name, size=64).captions)
-        assert x.shape == (44, dim) and x.std(0).max() > 1e-4
-        assert x.square().sum(1).mean().sqrt().item() == pytest.approx(length)
+        x = encoder.encode(captions)
+        assert x.shape == (44, dim) and x.isfinite().all() and x.std(0).max() > 1e-4
         assert torch.load(path)["iterations"] == iterations
         assert torch.load(path)["image_encoder"]["global_proj.weight"].any()    # of SJE: 0 before
         assert encoder.config.get("min_prompt_length") == {1024: len("it is red")}.get(dim)
@@ -97,9 +97,11 @@ def test_text_encoders_are_trained_and_chosen(home, tmp_path, monkeypatch):
     trained, dataset = [], SimpleNamespace(name=name)
     monkeypatch.setattr(common, "train_text_encoder", lambda *a: trained.append(a))
     for kind, dim in (("char-cnn-rnn", 1024), ("damsm", 256)):    # those of runs/ are found
-        assert common.get_text_encoder(kind, dataset, "", "cpu").dim == dim and not trained
+        encoder = common.get_text_encoder(kind, 7, dataset, "", "cpu")
+        assert encoder.dim == dim and not trained
+        assert encoder.encode(captions).norm() / 44 ** 0.5 == pytest.approx(7)
     dataset.name += "/../other/own"    # a folder of the same name: trained anew
-    common.get_text_encoder("damsm", dataset, "", "cpu")
+    common.get_text_encoder("damsm", 5, dataset, "", "cpu")
     path = Path("runs/damsm-own/encoder.pt")
     assert trained == [("damsm", dataset.name, "", "cpu", path)]
 
