@@ -189,7 +189,7 @@ def render_flower(attributes, side):
     lobe = np.abs(np.cos(PETAL_COUNTS[attributes["count"]] * angle / 2)) ** 0.8
     for colour, inside, light in (
             (PETALS[attributes["petal"]], radius * (0.25 + 0.75 * lobe) - r, 0.8 + 0.24 * lobe),
-            (CENTRES[attributes["centre"]], 0.35 * radius - r, 1.05 - 0.3 * r / radius)):
+            (CENTRES[attributes["centre"]], 0.3 * radius - r, 1.05 - 0.3 * r / radius)):
         mask = np.clip(inside * side + 0.5, 0, 1)[..., None]
         image += mask * (np.array(colour) * light[..., None] + rng.normal(0, 7, 3) - image)
     return np.clip(image, 0, 255).astype(np.uint8)
@@ -207,8 +207,8 @@ def classify_toy(images):
         return torch.cdist(pixels, torch.tensor([*colours.values()]).float()).argmin(-1)
 
     colour = nearest(pixels, PETALS | BACKGROUNDS)  # (B, S, S)
-    petal = colour[:, (r > 0.17) & (r < 0.26)].mode(1)[0]
-    centre = nearest(pixels[:, r < 0.08], CENTRES).mode(1)[0]
+    petal = colour[:, (r > 0.14) & (r < 0.25)].mode(1)[0]
+    centre = nearest(pixels[:, r < 0.06], CENTRES).mode(1)[0]
     mask = (colour == petal[:, None, None])
     middle = (mask * position).sum((1, 2)) / mask.sum((1, 2))
     wave = mask * (position - middle[:, None, None]).sgn()  # exp(i angle)
