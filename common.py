@@ -510,7 +510,7 @@ def load_text_encoder(path):
 def encoder_path(kind, name):
     return Path(f"runs/{kind}-{Path(name).name}/encoder.pt")
 
-def get_text_encoder(kind, rms, dataset, root, device, checkpoint=None, path=None):
+def get_text_encoder(kind, dataset, root, device, checkpoint=None, path=None, rms=1):
     """Return the frozen text encoder of the checkpoint, else of the file `path`, else a released
     DAMSM (cub, coco), else one trained here. Embeddings of the last have the RMS length `rms`: long
     ones swamp z in GAN-CLS, short ones are lost on D in StackGAN and, by MA-GP, in DF-GAN."""

@@ -59,12 +59,12 @@ class DFBlock(nn.Module):
         return F.leaky_relu(self.affine1(x, c), 0.2, True)
 
 class NearestUpConv(nn.Conv2d):
-    """Same as conv3x3(F.interpolate(x, scale_factor=2.0)), as a 4x4 transposed convolution with
-    2.25 times fewer FLOPs: 3x3 weights that read copies of one pixel are added up."""
+    """Compute conv3x3(F.interpolate(x, scale_factor=2.0)) as a 4x4 transposed convolution, 2.25
+    times fewer FLOPs: the 3x3 weights on copies of one pixel are summed."""
     def forward(self, x):
         if x.shape[2] < 8:  # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
-        # 2x2 sums, not by F.avg_pool2d: wrong CUDA gradient (PyTorch issue 188344)
+        # Not F.avg_pool2d: its CUDA gradient is wrong (PyTorch issue 188344)
         weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         weight = weight[:, :, 1:] + weight[:, :, :-1]
         weight = weight[..., 1:] + weight[..., :-1]  # (b, a, 4, 4)
@@ -212,7 +212,7 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
 
 def g_step(D, opt_g, fake, t):
     """Update G. fake: d_step's G(z, t), not detached; t (B, TEXT). Return the loss."""
-    D.requires_grad_(False)  # skips its gradients, and stale weights in autocast's cache
+    D.requires_grad_(False)  # skips D's gradients and autocast's stale bf16 copies
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
     loss.backward()
@@ -240,7 +240,7 @@ def train(args, checkpoint):
         train_set = data.load_dataset(args.data, "train", args.size, args.root)
         test_set = data.load_dataset(args.data, "test", args.size, args.root)
         encoder = common.get_text_encoder(
-            "damsm", 5, train_set, args.root, args.device, checkpoint, args.text_encoder)
+            "damsm", train_set, args.root, args.device, checkpoint, args.text_encoder, rms=5)
         embeddings = common.embed_captions(encoder, train_set)  # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            1, common.rank(), common.world_size(), rolled=True)
@@ -328,7 +328,7 @@ def generate(G, noise, embeddings):
     return G(noise.to(embeddings.device), embeddings).float()
 
 def sample(G, encoder, args):
-    """Draw a grid (row: caption, column: noise), or --num-images files."""
+    """Draw a grid (row: t, column: noise), or --num-images files a row."""
     captions, n = args.captions, args.num_images or args.samples_per_caption
     noise, t = sample_noise(n, args.seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
@@ -384,4 +384,4 @@ def main(argv=None):
     evaluate(G, encoder, test_set, args)
 
 if __name__ == "__main__":
-    sys.exit(common.run(main) if common else "training and sampling need common.py and data.py")
+    sys.exit(common.run(main) if common else "needs common.py, data.py and requirements.txt")

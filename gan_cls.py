@@ -33,12 +33,12 @@ NAME, NZ, TEXT, NT = "gan_cls", 100, 1024, 128  # noise z; embedding t; projecte
 # ---- Networks
 
 class NearestUpConv(nn.Conv2d):
-    """Same as conv3x3(F.interpolate(x, scale_factor=2.0)), as a 4x4 transposed convolution with
-    2.25 times fewer FLOPs: 3x3 weights that read copies of one pixel are added up."""
+    """Compute conv3x3(F.interpolate(x, scale_factor=2.0)) as a 4x4 transposed convolution, 2.25
+    times fewer FLOPs: the 3x3 weights on copies of one pixel are summed."""
     def forward(self, x):
         if x.shape[2] < 8:  # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
-        # 2x2 sums, not by F.avg_pool2d: wrong CUDA gradient (PyTorch issue 188344)
+        # Not F.avg_pool2d: its CUDA gradient is wrong (PyTorch issue 188344)
         weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         weight = weight[:, :, 1:] + weight[:, :, :-1]
         weight = weight[..., 1:] + weight[..., :-1]  # (b, a, 4, 4)
@@ -47,7 +47,7 @@ class NearestUpConv(nn.Conv2d):
 class Generator(nn.Module):
     """z (B, 100), t (B, 1024) -> images (B, 3, 64, 64) in [-1, 1]. Figure 2, left.
 
-    Released code: also residual blocks; the figure, as here, trains better. upsample: "transposed"
+    Released code adds residual blocks; without them it trains better. upsample: "transposed"
     (paper) or "nearest" (no checkerboard)."""
     def __init__(self, ngf=128, upsample="transposed"):
         super().__init__()
@@ -124,8 +124,8 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
     """Update D. Return loss, D(real), D(wrong), D(fake). real, fake (B, 3, 64, 64); t, t_wrong
     (B, 1024). Without t_wrong: a plain GAN.
 
-    Wrong pair: real image, text of another class (Algorithm 1). Released code: text, real image of
-    another class."""
+    Wrong pair: real image, another text (Algorithm 1), here of another class. Released code: text,
+    another image."""
     features = D.features(real)
     s_real, s_fake = D.score(features, t), D(fake.detach(), t)
     s_wrong = s_fake if t_wrong is None else D.score(features, t_wrong)
@@ -136,8 +136,8 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
     return torch.stack((loss, *(s.sigmoid().mean() for s in (s_real, s_wrong, s_fake)))).detach()
 
 def g_step(D, opt_g, fake, t):
-    """Update G. fake: G(z, t), not detached; t (B, TEXT), with GAN-INT 3 B / 2. Return the loss."""
-    D.requires_grad_(False)  # skips its gradients, and stale weights in autocast's cache
+    """Update G, return loss. fake: G(z, t), not detached; t (B, 1024); GAN-INT: B + B // 2 rows."""
+    D.requires_grad_(False)  # skips D's gradients and autocast's stale bf16 copies
     loss = g_loss(D(fake, t))
     opt_g.zero_grad()
     loss.backward()
@@ -166,7 +166,7 @@ def train(args, checkpoint):
         train_set = data.load_dataset(args.data, "train", 64, args.root)
         test_set = data.load_dataset(args.data, "test", 64, args.root)
         encoder = common.get_text_encoder(
-            "char-cnn-rnn", 1, train_set, args.root, args.device, checkpoint, args.text_encoder)
+            "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder, rms=1)
         embeddings = common.embed_captions(encoder, train_set)  # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            args.captions_per_image, common.rank(), common.world_size())
@@ -197,7 +197,7 @@ def train(args, checkpoint):
             opt.param_groups[0]["lr"] = args.lr * 0.5 ** ((epoch + 1) // args.lr_decay_epochs)
         torch.manual_seed(args.seed * 2**20 + step)  # resumed runs draw the same noise
         images, captions, wrong = batches(step)
-        # Paper: one caption an image; released, as here: the mean of 4
+        # Paper: one caption an image; released: the mean of several
         t = embeddings[captions].mean(1)
         t_wrong = embeddings[wrong].mean(1) if "cls" in args.variant else None
         t_g = torch.cat((t, interpolate_embeddings(t))) if "int" in args.variant else t
@@ -250,7 +250,7 @@ def generate(G, noise, embeddings):
     return G(noise.to(embeddings.device), embeddings).float()
 
 def sample(G, encoder, args):
-    """Draw a grid (row: caption, column: noise), or --num-images files."""
+    """Draw a grid (row: t, column: noise), or --num-images files a row."""
     captions, n = args.captions, args.num_images or args.samples_per_caption
     noise, t = sample_noise(n, args.seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
@@ -291,6 +291,7 @@ def style_transfer(G, encoder, step, args):
     """Draw a photo, then the captions in its style."""
     photo = data.load_image(data.Record(Path(args.style_image), [], 0), 64)
     photo = torch.tensor(photo, device=args.device)[None] / 127.5 - 1
+    torch.manual_seed(args.seed)
     S = StyleEncoder(args.ndf).to(args.device)
     path = args.out_dir / f"style-encoder-{step}-{args.style_steps}.pt"
     if not path.exists():
@@ -350,4 +351,4 @@ def main(argv=None):
     evaluate(G, encoder, test_set, args)
 
 if __name__ == "__main__":
-    sys.exit(common.run(main) if common else "training and sampling need common.py and data.py")
+    sys.exit(common.run(main) if common else "needs common.py, data.py and requirements.txt")

@@ -45,12 +45,12 @@ class ConditioningAugmentation(nn.Module):
         return mu + log_sigma.exp() * eps, mu, log_sigma
 
 class NearestUpConv(nn.Conv2d):
-    """Same as conv3x3(F.interpolate(x, scale_factor=2.0)), as a 4x4 transposed convolution with
-    2.25 times fewer FLOPs: 3x3 weights that read copies of one pixel are added up."""
+    """Compute conv3x3(F.interpolate(x, scale_factor=2.0)) as a 4x4 transposed convolution, 2.25
+    times fewer FLOPs: the 3x3 weights on copies of one pixel are summed."""
     def forward(self, x):
         if x.shape[2] < 8:  # faster for few pixels
             return super().forward(F.interpolate(x, scale_factor=2.0))
-        # 2x2 sums, not by F.avg_pool2d: wrong CUDA gradient (PyTorch issue 188344)
+        # Not F.avg_pool2d: its CUDA gradient is wrong (PyTorch issue 188344)
         weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         weight = weight[:, :, 1:] + weight[:, :, :-1]
         weight = weight[..., 1:] + weight[..., :-1]  # (b, a, 4, 4)
@@ -185,7 +185,7 @@ def d_step(D, opt_d, real, fake, t, t_wrong):
 
 def g_step(D, opt_g, fake, t, kl):
     """Update G. fake, kl: d_step's G(...), not detached. Return the loss without kl."""
-    D.requires_grad_(False)  # skips its gradients, and stale weights in autocast's cache
+    D.requires_grad_(False)  # skips D's gradients and autocast's stale bf16 copies
     h = D.features(fake)
     loss = g_loss(D.score(h, t))
     if D.unconditional:
@@ -219,7 +219,7 @@ def train(args, checkpoint, stage):
         train_set = data.load_dataset(args.data, "train", size, args.root)
         test_set = data.load_dataset(args.data, "test", size, args.root)
         encoder = common.get_text_encoder(
-            "char-cnn-rnn", 8, train_set, args.root, args.device, checkpoint, args.text_encoder)
+            "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder, rms=8)
         embeddings = common.embed_captions(encoder, train_set)  # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            args.captions_per_image, common.rank(), common.world_size())
@@ -314,7 +314,7 @@ def generate(G, noise, embeddings):
     return x.float()
 
 def sample(G, encoder, args):
-    """Draw a grid (row: caption, column: noise), or --num-images files."""
+    """Draw a grid (row: t, column: noise), or --num-images files a row."""
     captions, n = args.captions, args.num_images or args.samples_per_caption
     noise, t = sample_noise(n, args.seed), encoder.encode_prompts(captions)
     kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
@@ -379,4 +379,4 @@ def main(argv=None):
     evaluate(G, encoder, test_set, args)
 
 if __name__ == "__main__":
-    sys.exit(common.run(main) if common else "training and sampling need common.py and data.py")
+    sys.exit(common.run(main) if common else "needs common.py, data.py and requirements.txt")

@@ -35,7 +35,7 @@ def test_released_encoders(name, key):
     golden = np.load(shared("golden", f"{name}.npz"))
     encoder, captions = common.load_text_encoder(save_released(name)), golden["captions"]
     if name == "damsm_text":
-        encoder = common.get_text_encoder("damsm", 5, SimpleNamespace(name="cub"), "root", "cpu")
+        encoder = common.get_text_encoder("damsm", SimpleNamespace(name="cub"), "root", "cpu")
         words, _ = encoder(torch.from_numpy(captions))
         np.testing.assert_allclose(words, golden["words"], atol=1e-5, rtol=0)
         captions = [" ".join(WORDS[i] for i in row if i) for row in captions]
@@ -97,11 +97,11 @@ def test_text_encoders_are_trained_and_chosen(home, tmp_path, monkeypatch):
     trained, dataset = [], SimpleNamespace(name=name)
     monkeypatch.setattr(common, "train_text_encoder", lambda *a: trained.append(a))
     for kind, dim in (("char-cnn-rnn", 1024), ("damsm", 256)):    # those of runs/ are found
-        encoder = common.get_text_encoder(kind, 7, dataset, "", "cpu")
+        encoder = common.get_text_encoder(kind, dataset, "", "cpu", rms=7)
         assert encoder.dim == dim and not trained
         assert encoder.encode(captions).norm() / 44 ** 0.5 == pytest.approx(7)
     dataset.name += "/../other/own"    # a folder of the same name: trained anew
-    common.get_text_encoder("damsm", 5, dataset, "", "cpu")
+    common.get_text_encoder("damsm", dataset, "", "cpu")
     path = Path("runs/damsm-own/encoder.pt")
     assert trained == [("damsm", dataset.name, "", "cpu", path)]
 

@@ -80,7 +80,7 @@ def test_training_on_a_fake_gpu(case, memory, copies, train, monkeypatch):
             (torch.autograd, "_engine_run_backward", lambda outputs, grads, keep, create, inputs=(),
              *args, **kwargs: [torch.zeros_like(x) for x in inputs]),
             (torch.optim.Adam, "zero_grad", zero_grad), (data.Progress, "update", update),
-            (common, "get_text_encoder", lambda *args: get(*args[:4], "cpu", *args[5:])),
+            (common, "get_text_encoder", lambda *args, rms: get(*args[:3], "cpu", *args[4:])),
             (common, "embed_captions", lambda *args: embed(*args).to("cuda")),
             (FakeTensorMode, "__deepcopy__", lambda mode, memo: mode)):
         monkeypatch.setattr(owner, name, value, raising=False)

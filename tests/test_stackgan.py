@@ -107,5 +107,5 @@ for m, sizes, betas in ((dfgan, (2, 64), (0.0, 0.9)), (gan_cls, (4, 2), (0.5, 0.
     except SystemExit as error:
         print(error)
 """, cwd=tmp_path)
-    line = "training and sampling need common.py and data.py\n"
+    line = "needs common.py, data.py and requirements.txt\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, 3 * line, "")
