@@ -82,7 +82,8 @@ def test_unusable_encoders_are_user_errors():
 def test_text_encoders_are_trained_and_chosen(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     name = data.dataset_id("own")
-    captions = data.load_dataset(name, size=64).captions
+    own = data.load_dataset(name, size=64)
+    captions = own.captions
     for kind, dim, iterations in (("char-cnn-rnn", 1024, 5), ("damsm", 256, 20)):
         path = tmp_path / f"{kind}.pt"
         common.train_text_encoder(kind, name, "datasets", "cpu", path, iterations, "small")
@@ -99,7 +100,10 @@ def test_text_encoders_are_trained_and_chosen(home, tmp_path, monkeypatch):
     for kind, dim in (("char-cnn-rnn", 1024), ("damsm", 256)):    # those of runs/ are found
         encoder = common.get_text_encoder(kind, dataset, "", "cpu", rms=7)
         assert encoder.dim == dim and not trained
-        assert encoder.encode(captions).norm() / 44 ** 0.5 == pytest.approx(7)
+        for scale in (1, 1, 2):    # the second is read from the cache
+            encoder.config["scale"] *= scale
+            x = common.embed_captions(encoder, own)
+            assert x.norm() / 44 ** 0.5 == pytest.approx(7 * scale)
     dataset.name += "/../other/own"    # a folder of the same name: trained anew
     common.get_text_encoder("damsm", dataset, "", "cpu")
     path = Path("runs/damsm-own/encoder.pt")

@@ -82,6 +82,10 @@ def test_archives(name, monkeypatch):
         dataset = data.load_dataset(name, split, 16, "root")
         assert dataset.captions == [caption] + ["two"] * (4 if name == "coco" else 1)
         assert np.array_equal(data.load_image(dataset.records[0], crop.shape[1]), crop)
+    if name == "cub":
+        Path("root/cub/text/001.0/0.5.txt").unlink()
+        with pytest.raises(data.UserError, match="cub: missing captions"):
+            data.load_dataset(name, "test", 16, "root")
 
 def test_real_flowers_and_cub():
     flowers, cub = ([f(shared("data", f.__name__), split) for split in ("train", "test")]
