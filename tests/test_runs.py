@@ -103,6 +103,7 @@ def random_model(script):
     for part in sorted({"ema", "G0", "text_encoder"} & state.keys()):
         state[part] = {k: v + 0.15 * torch.randn_like(v) if "weight" in k or "bias" in k else v
                        for k, v in state[part].items()}
+    state["text_encoder"]["_extra_state"] = state["text_encoder"]["_extra_state"] | {"scale": 1}
     common.save_checkpoint(Path(path, "last.pt"), state)
     return path
 
