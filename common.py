@@ -545,7 +545,7 @@ def embed_captions(encoder, dataset):
         x = encoder.encode(dataset.captions)
         save_checkpoint(path, {"kind": "embeddings", "x": x})
     rms = x.square().sum(1).mean().sqrt()
-    print(f"RMS length of the embeddings: {rms:.2f}; from long ones, G may ignore the noise")
+    print(f"RMS length of the embeddings: {rms:.2f}; if long, G may ignore the noise")
     return x
 
 # ---- Evaluation
