@@ -156,7 +156,7 @@ def d_loss(real, wrong, fake):
     return (F.softplus(-real) + (F.softplus(wrong) + F.softplus(fake)) / 2).mean()
 
 def g_loss(fake):
-    """-log D(G(.), t)  (eq. 4 and 6, in the form that does not saturate)."""
+    """-log D(G(.), t)  (eq. 4 and 6, non-saturating form)."""
     return F.softplus(-fake).mean()
 
 def kl_loss(mu, log_sigma):
@@ -219,13 +219,13 @@ def train(args, checkpoint, stage):
         train_set = data.load_dataset(args.data, "train", size, args.root)
         test_set = data.load_dataset(args.data, "test", size, args.root)
         encoder = common.get_text_encoder(
-            "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder, rms=8)
+            "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder,
+            rms=8 if args.data == "toy" else 1)
         embeddings = common.embed_captions(encoder, train_set)  # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            args.captions_per_image, common.rank(), common.world_size())
     torch.manual_seed(args.seed)
-    G, D, opt_g, opt_d = build(
-        size, args.ngf, args.ndf, args.num_residual, args.lr, args.device)
+    G, D, opt_g, opt_d = build(size, args.ngf, args.ndf, args.num_residual, args.lr, args.device)
     ema = copy.deepcopy(G).eval()
     parts = dict(G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
     names = "loss_g", "kl", "loss_d", "d_real", "d_wrong", "d_fake"
@@ -343,8 +343,8 @@ def evaluate(G, encoder, test_set, args):
 # ---- Command line
 
 PRESETS = {
-    "toy": dict(stage=1, epochs=16, size=128, ngf=16, ndf=16, batch_size=8, lr=4e-4, ema=0.998,
-                captions_per_image=1, num_residual=2, eval_every=16, fid_samples=1024),
+    "toy": dict(stage=1, epochs=24, size=128, ngf=16, ndf=16, batch_size=8, lr=4e-4, ema=0.998,
+                captions_per_image=1, num_residual=2, eval_every=24, fid_samples=1024),
     "coco": dict(epochs=120, ngf=192, ndf=96, num_residual=2, captions_per_image=1,
                  lr_decay_epochs=20)}  # PT
 RESUME_ARGS = ("data", "size", "ngf", "ndf", "num_residual", "batch_size", "lr", "lr_decay_epochs",
