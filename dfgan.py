@@ -241,7 +241,7 @@ def train(args, checkpoint):
         test_set = data.load_dataset(args.data, "test", args.size, args.root)
         encoder = common.get_text_encoder(
             "damsm", train_set, args.root, args.device, checkpoint, args.text_encoder,
-            rms=5 if args.data == "toy" else 3)  # with 5, D neglects the shapes of real flowers
+            rms=5 if args.data == "toy" else 3)  # real flowers lose their outlines with 5
         embeddings = common.embed_captions(encoder, train_set)  # (captions, TEXT)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            1, common.rank(), common.world_size(), rolled=True)
