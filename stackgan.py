@@ -1,13 +1,13 @@
 """StackGAN: Text to Photo-realistic Image Synthesis with Stacked Generative Adversarial Networks.
 Zhang et al., ICCV 2017 (arXiv 1612.03242).
 
-Two stages draw an image from noise z and caption embedding t.
-    Conditioning Augmentation  c is a sample of N(mu(t), sigma(t)^2) (section 3.2)
-    Stage-I                    s0 = G0(z, c0), 64 px (section 3.3)
-    Stage-II                   G(s0, c), 256 px, without z; G0 is fixed (section 3.4)
-TF, PT: the authors' code in TensorFlow, PyTorch.
+Two stages draw an image from noise z and the embedding t of a caption, the paper's phi_t.
+    Conditioning Augmentation  samples c from N(mu(t), sigma(t)^2) (section 3.2)
+    Stage-I                    draws s0 = G0(z, c0) at 64 px (section 3.3)
+    Stage-II                   draws G(s0, c) at 256 px, without z; G0 is fixed (section 3.4)
+TF and PT stand for the authors' code in TensorFlow and PyTorch.
 
-    python stackgan.py  # toy data, Stage-I; --stage 2: both
+    python stackgan.py  # toy data, Stage-I; with --stage 2 both stages
     python stackgan.py --data flowers  # both stages; run again to resume
     python stackgan.py --data flowers --sample "pink flower" "a white flower"
     python stackgan.py --data flowers --evaluate
@@ -28,47 +28,53 @@ try:
 except ModuleNotFoundError:  # networks, losses and steps need torch only
     common = data = None
 
-NAME, NZ, NC, TEXT = "stackgan", 100, 128, 1024  # z; conditioning c (section 3.5); embedding t
+NAME = "stackgan"
+NZ = 100  # dimension of the noise z (section 3.5)
+NC = 128  # dimension of the conditioning variable c (section 3.5)
+TEXT_DIM = 1024  # dimension of the embedding t (paper: phi_t)
+NGF = 128  # width of G (released)
+NDF = 64  # width of D (released)
+NUM_RESIDUAL = 4  # residual blocks of Stage-II (section 3.5)
+LR = 2e-4  # learning rate of Adam (section 3.5)
+BETAS = (0.5, 0.999)  # of Adam (section 3.5)
+KL_WEIGHT = 2  # of a mean over dimensions (TF, PT); paper: 1, of a sum
 
-# ---- Networks: PT's, text layers TF's. TF also: residual blocks
+
+# ---- Networks as in PT, with the text layers of TF. TF has residual blocks that PT has not.
 
 class ConditioningAugmentation(nn.Module):
-    """t (B, 1024), eps (B, 128) from N(0, 1) -> c = mu + sigma eps, mu, log sigma (section 3.2).
+    """Return c = mu + sigma eps, mu and log sigma of t (B, 1024), each (B, 128) (section 3.2).
 
-    Leaky ReLU as in TF: PT's ReLU forces mu >= 0 and sigma >= 1."""
-    def __init__(self):
+    eps is from N(0, 1). Leaky ReLU as in TF: the ReLU of PT forces mu >= 0 and sigma >= 1."""
+
+    def __init__(self, text_dim=TEXT_DIM):
         super().__init__()
-        self.fc = nn.Linear(TEXT, 2 * NC)
+        self.fc = nn.Linear(text_dim, 2 * NC)
 
     def forward(self, t, eps):
-        mu, log_sigma = F.leaky_relu(self.fc(t), 0.2).to(eps.dtype).chunk(2, 1)
+        x = F.leaky_relu(self.fc(t), 0.2)
+        mu, log_sigma = x.to(eps.dtype).chunk(2, 1)  # float32, also in autocast
         return mu + log_sigma.exp() * eps, mu, log_sigma
 
-class NearestUpConv(nn.Conv2d):
-    """Compute conv3x3(F.interpolate(x, scale_factor=2.0)) as a 4x4 transposed convolution, 2.25
-    times fewer FLOPs: the 3x3 weights on copies of one pixel are summed."""
-    def forward(self, x):
-        if x.shape[2] < 8:  # faster for few pixels
-            return super().forward(F.interpolate(x, scale_factor=2.0))
-        # Not F.avg_pool2d: its CUDA gradient is wrong (PyTorch issue 188344)
-        weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
-        weight = weight[:, :, 1:] + weight[:, :, :-1]
-        weight = weight[..., 1:] + weight[..., :-1]  # (b, a, 4, 4)
-        return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, 1)
 
 def conv(a, b, kernel=3, stride=1):
-    """A convolution and batch norm."""
-    return nn.Conv2d(a, b, kernel, stride, 1, bias=False), nn.BatchNorm2d(b)
+    """Return a convolution and its batch norm as a list."""
+    return [nn.Conv2d(a, b, kernel, stride, 1, bias=False), nn.BatchNorm2d(b)]
+
 
 class UpBlock(nn.Sequential):
-    """(B, a, s, s) -> (B, b, 2s, 2s): nearest upsampling, 3x3 convolution, batch norm, ReLU."""
+    """Upsample (B, a, s, s) to (B, b, 2s, 2s): nearest, 3x3 convolution, batch norm, ReLU."""
+
     def __init__(self, a, b):
         super().__init__()
-        self.conv, self.norm = NearestUpConv(a, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b)
+        self.conv = NearestUpConv(a, b, 3, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(b)
         self.relu = nn.ReLU(True)
 
+
 class Residual(nn.Module):
-    """x (B, a, s, s) -> ReLU(x + two 3x3 convolutions of x)."""
+    """Apply two 3x3 convolutions to x (B, a, s, s), add x, and apply a ReLU."""
+
     def __init__(self, a):
         super().__init__()
         self.body = nn.Sequential(*conv(a, a), nn.ReLU(True), *conv(a, a))
@@ -76,37 +82,49 @@ class Residual(nn.Module):
     def forward(self, x):
         return F.relu(x + self.body(x), True)
 
+
 class Stage1(nn.Module):
-    """Stage-I, Figure 2, top: z (B, 100), eps (B, 128), t (B, 1024) -> images (B, 3, 64, 64) in
-    [-1, 1], KL loss."""
-    def __init__(self, ngf=128):
+    """Return Stage-I's images (B, 3, 64, 64) and KL loss from z (B, 100), eps, t. Figure 2, top."""
+
+    def __init__(self, ngf=NGF, text_dim=TEXT_DIM):
         super().__init__()
-        self.ca = ConditioningAugmentation()
-        self.fc = nn.Sequential(nn.Linear(NZ + NC, 128 * ngf, bias=False),
-                                nn.BatchNorm1d(128 * ngf), nn.ReLU(True))
-        self.up = nn.Sequential(*(UpBlock(8 * ngf // k, 4 * ngf // k) for k in (1, 2, 4, 8)))
+        self.ca = ConditioningAugmentation(text_dim)
+        self.fc = nn.Sequential(
+            nn.Linear(NZ + NC, 8 * ngf * 4 * 4, bias=False),
+            nn.BatchNorm1d(8 * ngf * 4 * 4), nn.ReLU(True))
+        self.up = nn.Sequential(
+            UpBlock(8 * ngf, 4 * ngf), UpBlock(4 * ngf, 2 * ngf),
+            UpBlock(2 * ngf, ngf), UpBlock(ngf, ngf // 2))  # (B, ngf / 2, 64, 64)
         self.img = nn.Sequential(nn.Conv2d(ngf // 2, 3, 3, 1, 1, bias=False), nn.Tanh())
         init_weights(self)
 
     def forward(self, z, eps, t):
         c, mu, log_sigma = self.ca(t, eps)
-        x = self.fc(torch.cat((z, c), 1)).view(len(z), -1, 4, 4)  # (B, 8 ngf, 4, 4)
+        x = self.fc(torch.cat((z, c), 1))
+        x = x.unflatten(1, (-1, 4, 4))  # (B, 8 ngf, 4, 4)
         return self.img(self.up(x)), kl_loss(mu, log_sigma)
 
+
 class Stage2(nn.Module):
-    """Stage-II, Figure 2, bottom: s0 (B, 3, 64, 64), eps, t -> images (B, 3, S, S), KL loss."""
-    def __init__(self, ngf=128, size=256, num_residual=4):
+    """Return Stage-II's images (B, 3, S, S) and KL loss from s0, eps, t. Figure 2, bottom."""
+
+    def __init__(self, ngf=NGF, size=256, num_residual=NUM_RESIDUAL, text_dim=TEXT_DIM):
         super().__init__()
-        self.ca = ConditioningAugmentation()
+        self.ca = ConditioningAugmentation(text_dim)
         self.encoder = nn.Sequential(
             nn.Conv2d(3, ngf, 3, 1, 1, bias=False), nn.ReLU(True),  # paper: all leaky
             *conv(ngf, 2 * ngf, 4, 2), nn.ReLU(True),
             *conv(2 * ngf, 4 * ngf, 4, 2), nn.ReLU(True))  # (B, 4 ngf, 16, 16)
         self.joint = nn.Sequential(*conv(4 * ngf + NC, 4 * ngf), nn.ReLU(True))
-        self.residual = nn.Sequential(*(Residual(4 * ngf) for _ in range(num_residual)))
-        widths = [4 * ngf // 2 ** i for i in range({128: 4, 256: 5}[size])]
-        self.up = nn.Sequential(*(UpBlock(a, b) for a, b in zip(widths, widths[1:])))
-        self.img = nn.Sequential(nn.Conv2d(widths[-1], 3, 3, 1, 1, bias=False), nn.Tanh())
+        self.residual = nn.Sequential()
+        for _ in range(num_residual):
+            self.residual.append(Residual(4 * ngf))
+        self.up = nn.Sequential()
+        width = 4 * ngf
+        for _ in range({128: 3, 256: 4}[size]):  # from 16 x 16
+            self.up.append(UpBlock(width, width // 2))
+            width //= 2
+        self.img = nn.Sequential(nn.Conv2d(width, 3, 3, 1, 1, bias=False), nn.Tanh())
         init_weights(self)
 
     def forward(self, s0, eps, t):
@@ -115,268 +133,398 @@ class Stage2(nn.Module):
         x = self.joint(torch.cat((self.encoder(s0), c), 1))
         return self.img(self.up(self.residual(x))), kl_loss(mu, log_sigma)
 
+
 class Discriminator(nn.Module):
-    """Images (B, 3, S, S), t (B, 1024) -> logits (B,). Figure 2."""
-    def __init__(self, ndf=64, size=64):
+    """Score images (B, 3, S, S) with t (B, 1024) by logits (B,). Figure 2."""
+
+    def __init__(self, ndf=NDF, size=64, text_dim=TEXT_DIM):
         super().__init__()
-        down = [ndf * 2 ** i for i in range({64: 4, 128: 5, 256: 6}[size])]  # to 4 x 4
-        widths = down + down[3:-1][::-1]  # then 3x3 (TF: 1x1), to 8 ndf
         layers = [nn.Conv2d(3, ndf, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
-        for a, b in zip(widths, widths[1:]):
-            layers += *(conv(a, b, 4, 2) if a < b else conv(a, b)), nn.LeakyReLU(0.2, True)
+        width = ndf
+        for _ in range({64: 3, 128: 4, 256: 5}[size]):  # down to 4 x 4
+            layers += conv(width, 2 * width, 4, 2) + [nn.LeakyReLU(0.2, True)]
+            width *= 2
+        while width > 8 * ndf:  # Stage-II: back to 8 ndf; 3x3 as in PT (TF: 1x1)
+            layers += conv(width, width // 2) + [nn.LeakyReLU(0.2, True)]
+            width //= 2
         self.image = nn.Sequential(*layers)
-        self.joint = nn.Sequential(  # 3x3, as in PT; paper: 1x1
-            *conv(8 * ndf + NC, 8 * ndf), nn.LeakyReLU(0.2, True), nn.Conv2d(8 * ndf, 1, 4))
+        self.joint = nn.Sequential(
+            *conv(8 * ndf + NC, 8 * ndf), nn.LeakyReLU(0.2, True),  # 3x3 as in PT; paper: 1x1
+            nn.Conv2d(8 * ndf, 1, 4))
         self.unconditional = nn.Conv2d(8 * ndf, 1, 4) if size > 64 else None  # Stage-II
-        self.text = nn.Sequential(nn.Linear(TEXT, NC), nn.LeakyReLU(0.2))  # PT: mu of G
+        self.text = nn.Sequential(nn.Linear(text_dim, NC), nn.LeakyReLU(0.2))  # PT: mu of G
         init_weights(self)
 
     def features(self, x):
         return self.image(x)  # (B, 8 ndf, 4, 4)
 
-    def score(self, h, t):
-        t = self.text(t)[:, :, None, None].expand(-1, -1, 4, 4)
-        return self.joint(torch.cat((h, t), 1)).flatten()
+    def score(self, features, t):
+        t = self.text(t)[:, :, None, None]
+        t = t.expand(-1, -1, 4, 4)  # (B, 128, 4, 4)
+        return self.joint(torch.cat((features, t), 1)).flatten()
 
     def forward(self, x, t):
         return self.score(self.features(x), t)
 
+
 def init_weights(net):
-    """As released: weights N(0, 0.02), of batch norm N(1, 0.02). Biases 0."""
+    """Draw weights from N(0, 0.02), of batch norm from N(1, 0.02), as released. Biases are 0."""
     for name, p in net.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
         else:
             nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.02)
 
-# ---- Losses, of logits s: -log sigmoid(s) = softplus(-s), -log(1 - sigmoid(s)) = softplus(s)
+
+# ---- Losses of logits s: -log D = softplus(-s), -log(1 - D) = softplus(s)
 
 def d_loss(real, wrong, fake):
-    """-log D(I, t) - [log(1 - D(I, t_wrong)) + log(1 - D(G(.), t))] / 2  (eq. 3 with GAN-CLS)."""
+    """Return -log D(I, t) - [log(1 - D(I, t_wrong)) + log(1 - D(G, t))] / 2  (eq. 3, GAN-CLS)."""
     return (F.softplus(-real) + (F.softplus(wrong) + F.softplus(fake)) / 2).mean()
 
+
+def d_loss_stage2(real, wrong, fake, real_image, fake_image):
+    """Return the loss of Stage-II as in PT, which scores images alone too (eq. 5: pairs only)."""
+    real_loss = F.softplus(-torch.cat((real, real_image))).mean()
+    return real_loss + F.softplus(torch.cat((wrong, fake, fake_image))).mean()
+
+
 def g_loss(fake):
-    """-log D(G(.), t)  (eq. 4 and 6, non-saturating form)."""
+    """Return -log D(G, t)  (eq. 4 and 6, in the form that does not saturate)."""
     return F.softplus(-fake).mean()
 
+
 def kl_loss(mu, log_sigma):
-    """KL(N(mu, sigma^2) || N(0, 1)), (B, 128), mean over dimensions  (eq. 2: sum)."""
+    """Return the mean over dimensions (eq. 2: sum) of KL(N(mu, sigma^2) || N(0, 1))."""
     return ((mu.square() + (2 * log_sigma).exp() - 1) / 2 - log_sigma).mean()
+
 
 # ---- Steps
 
 def d_step(D, opt_d, real, fake, t, t_wrong):
-    """Update D. Return loss, D(real), D(wrong), D(fake). real, fake (B, 3, S, S); t, t_wrong
-    (B, TEXT).
+    """Update D. Return its loss, and its mean probabilities of real, wrong and fake pairs.
 
-    Wrong text: of another class. TF: wrong image, of another class. PT: wrong text, the next of
-    the batch."""
-    h, h_fake = D.features(real), D.features(fake.detach())
-    s_real, s_wrong, s_fake = D.score(h, t), D.score(h, t_wrong), D.score(h_fake, t)
-    loss = d_loss(s_real, s_wrong, s_fake)
-    if D.unconditional:  # Stage-II: not eq. 5, images alone too (PT)
-        right = torch.cat((s_real, D.unconditional(h).flatten()))
-        wrong = torch.cat((s_wrong, s_fake, D.unconditional(h_fake).flatten()))
-        loss = F.softplus(-right).mean() + F.softplus(wrong).mean()
+    real, fake: (B, 3, S, S). t, t_wrong: (B, 1024). A wrong pair is a real image with a text of
+    another class; in TF a text with another image, in PT an image with the next text."""
+    features = D.features(real)
+    fake_features = D.features(fake.detach())
+    real_score = D.score(features, t)
+    wrong_score = D.score(features, t_wrong)
+    fake_score = D.score(fake_features, t)
+    if D.unconditional:  # Stage-II
+        real_image = D.unconditional(features).flatten()
+        fake_image = D.unconditional(fake_features).flatten()
+        loss = d_loss_stage2(real_score, wrong_score, fake_score, real_image, fake_image)
+    else:
+        loss = d_loss(real_score, wrong_score, fake_score)
     opt_d.zero_grad()
     loss.backward()
     opt_d.step()
-    return torch.stack((loss, *(s.sigmoid().mean() for s in (s_real, s_wrong, s_fake)))).detach()
+    return {"loss_d": loss.detach(),
+            "d_real": real_score.detach().sigmoid().mean(),
+            "d_wrong": wrong_score.detach().sigmoid().mean(),
+            "d_fake": fake_score.detach().sigmoid().mean()}
+
 
 def g_step(D, opt_g, fake, t, kl):
-    """Update G. fake, kl: d_step's G(...), not detached. Return the loss without kl."""
-    D.requires_grad_(False)  # skips D's gradients and autocast's stale bf16 copies
-    h = D.features(fake)
-    loss = g_loss(D.score(h, t))
-    if D.unconditional:
-        loss += g_loss(D.unconditional(h))
-    opt_g.zero_grad()
-    (loss + 2 * kl).backward()  # PT, TF; paper: loss + 128 kl
-    opt_g.step()
+    """Update G. Return its loss without kl. fake, kl: what G returned, not detached."""
+    # Freezing D skips its gradients, and the bf16 copies of its old weights in autocast
+    D.requires_grad_(False)
+    features = D.features(fake)
+    loss = g_loss(D.score(features, t))
+    if D.unconditional:  # Stage-II
+        loss = loss + g_loss(D.unconditional(features))
     D.requires_grad_(True)
+    opt_g.zero_grad()
+    (loss + KL_WEIGHT * kl).backward()
+    opt_g.step()
     return loss.detach()
+
 
 @torch.no_grad()
 def update_ema(ema, G, decay):
-    """ema += (1 - decay) (G - ema), batch norm statistics included."""
-    a, b = ([x for x in net.state_dict().values() if x.is_floating_point()] for net in (ema, G))
-    torch._foreach_lerp_(a, b, 1 - decay)
+    """Add (1 - decay) (G - ema) to ema, also for the statistics of batch norm."""
+    averages = [x for x in ema.state_dict().values() if x.is_floating_point()]
+    values = [x for x in G.state_dict().values() if x.is_floating_point()]
+    torch._foreach_lerp_(averages, values, 1 - decay)
 
-def build(size, ngf=128, ndf=64, num_residual=4, lr=2e-4, device="cpu"):
-    """Return G, D and their optimizers, Adam (section 3.5). Size 64: Stage-I; else Stage-II."""
-    G = Stage1(ngf) if size == 64 else Stage2(ngf, size, num_residual)
-    nets = G, Discriminator(ndf, size)
-    G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
-    adam = dict(betas=(0.5, 0.999), fused=True)
-    return G, D, Adam(G.parameters(), lr, **adam), Adam(D.parameters(), lr, **adam)
 
-# ---- Training
+def build(size=64, ngf=NGF, ndf=NDF, num_residual=NUM_RESIDUAL, lr=LR, device="cpu",
+          text_dim=TEXT_DIM):
+    """Return G, D and an Adam optimizer for each (section 3.5). Size 64: Stage-I; else Stage-II."""
+    if size == 64:
+        G = Stage1(ngf, text_dim)
+    else:
+        G = Stage2(ngf, size, num_residual, text_dim)
+    D = Discriminator(ndf, size, text_dim)
+    G.to(device, memory_format=torch.channels_last)
+    D.to(device, memory_format=torch.channels_last)
+    opt_g = Adam(G.parameters(), lr, BETAS, fused=True)
+    opt_d = Adam(D.parameters(), lr, BETAS, fused=True)
+    return G, D, opt_g, opt_d
 
-def train(args, checkpoint, stage):
-    """Train or resume a stage; write last.pt, log.csv and grids of samples."""
+
+# ---- Faster layers, same numbers. A reader of the paper can skip this section: the layer computes
+# the same as the plain line in its docstring.
+
+class NearestUpConv(nn.Conv2d):
+    """Compute conv3x3(F.interpolate(x, scale_factor=2.0)) with 2.25 times fewer FLOPs."""
+
+    def forward(self, x):
+        if x.shape[2] < 8:  # faster for few pixels
+            return super().forward(F.interpolate(x, scale_factor=2.0))
+        # Sum the weights on copies of one pixel: one 4x4 transposed convolution. F.avg_pool2d
+        # would sum too, but its CUDA gradient is wrong (PyTorch issue 188344)
+        weight = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
+        weight = weight[:, :, 1:] + weight[:, :, :-1]
+        weight = weight[..., 1:] + weight[..., :-1]  # (b, a, 4, 4)
+        return F.conv_transpose2d(x, weight.transpose(0, 1), self.bias, 2, 1)
+
+
+# ---- Training. Everything above needs torch only.
+
+def train(args, stage, checkpoint=None):
+    """Train a stage up to its epoch args.epochs, from scratch or from a checkpoint.
+
+    Write last.pt, log.csv and grids of samples to args.out_dir. A signal returns an exit status."""
+    # Data: images, and one embedding per caption from a frozen text encoder
     size = 64 if stage == 1 else args.size
+    common.check_writable(args.out_dir)
     with common.main_process_first():
         train_set = data.load_dataset(args.data, "train", size, args.root)
         test_set = data.load_dataset(args.data, "test", size, args.root)
-        encoder = common.get_text_encoder(
-            "char-cnn-rnn", train_set, args.root, args.device, checkpoint, args.text_encoder,
-            rms=8 if args.data == "toy" else 1)
-        embeddings = common.embed_captions(encoder, train_set)  # (captions, TEXT)
+        encoder = common.get_text_encoder("char-cnn-rnn", train_set, args, checkpoint)
+        embeddings = common.embed_captions(encoder, train_set)  # (captions, 1024)
     batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                            args.captions_per_image, common.rank(), common.world_size())
+
+    # Networks, optimizers, and the average of G that draws the samples
     torch.manual_seed(args.seed)
     G, D, opt_g, opt_d = build(size, args.ngf, args.ndf, args.num_residual, args.lr, args.device)
     ema = copy.deepcopy(G).eval()
-    parts = dict(G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
-    names = "loss_g", "kl", "loss_d", "d_real", "d_wrong", "d_fake"
-    start, history, sums, stages = 0, [], torch.zeros(len(names)), [ema]
-    if stage == 2:  # G0: EMA, in eval mode; released code: last weights, in train mode
-        parts["G0"] = load_generator(checkpoint, args.device)[0][0]
-        stages, history = [parts["G0"], ema], checkpoint["history"]
+    parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
+    stages = [ema]
+    if stage == 2:
+        # G0 is fixed: the average of Stage-I, in eval mode. Released: the last weights, train mode
+        G0 = load_generator(checkpoint, args.device)[0][0]
+        parts["G0"] = G0
+        stages = [G0, ema]
+    step = 0
+    history = checkpoint["history"] if checkpoint else []
     if checkpoint and checkpoint["stage"] == stage:
-        start, history, sums = (checkpoint[key] for key in ("step", "history", "sums"))
+        step = common.first_step(checkpoint, train_set, batches)
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    sums = sums.to(args.device)  # of losses since the epoch began
+    # A CUDA graph reads the learning rate from a tensor; torchrun averages the gradients
+    common.prepare_adam(opt_g, args.lr, args.device)
+    common.prepare_adam(opt_d, args.lr, args.device)
     common.average_gradients(G, opt_g)
     common.average_gradients(D, opt_d)
 
-    # Grid: rows are captions, columns noises
-    t = encoder.encode(test_set.captions[::len(test_set.captions) // 8 + 1])
-    grid = sample_noise(8, args.seed).repeat(len(t), 1), t.repeat_interleave(8, 0)
-    num_steps, saved = args.epochs * len(batches), 0
-    print(f"{len(train_set)} images, {num_steps} steps on {args.device}, to {args.out_dir}")
-    bar = data.Progress(num_steps * args.batch_size, f"Stage {stage}", done=start * args.batch_size)
-    stop = common.GracefulStop()
-    for step in range(start, num_steps):
-        epoch, batch = divmod(step, len(batches))
-        for opt in (opt_g, opt_d):
-            opt.param_groups[0]["lr"] = args.lr * 0.5 ** (epoch // args.lr_decay_epochs)
-        torch.manual_seed(args.seed * 2**20 + step)  # resumed runs draw the same noise
-        images, captions, wrong = batches(step)
-        t, t_wrong = embeddings[captions].mean(1), embeddings[wrong].mean(1)  # as in TF
-        z = torch.randn(common.world_size(), len(t), NZ + 2 * NC, device=args.device)[common.rank()]
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
-            x = generate(stages[:-1], z, t)  # z, or images of Stage-I
-            fake, kl = G(x, z.split((NZ, NC, NC), 1)[stage], t)
-            d_stats = d_step(D, opt_d, images, fake, t, t_wrong)
-            loss_g = g_step(D, opt_g, fake, t, kl)  # TF: a new fake
-        update_ema(ema, G, min(args.ema, (1 + step) / (10 + step)))
+    # The same grid after every epoch: one row per caption, one column per noise
+    grid_captions = test_set.captions[::len(test_set.captions) // 8 + 1]
+    grid_t = encoder.encode(grid_captions).repeat_interleave(8, 0)
+    grid_z = sample_noise(8, args.seed).repeat(len(grid_captions), 1)
 
-        sums += torch.stack((loss_g, kl.detach(), *d_stats))
-        end_of_epoch, stopping = batch + 1 == len(batches), stop.requested()
-        if end_of_epoch or stopping or batch % 20 == 19:
-            means = dict(zip(names, (common.reduce_mean(sums) / (batch + 1)).tolist()))
-            bar.note = "  ".join(f"{k} {v:.2f}" for k, v in means.items())
-            assert sums.isfinite().all(), "the loss is not finite"
-        bar.update(args.batch_size)
-        if end_of_epoch:
-            sums.zero_()
-            history.append(dict(stage=stage, epoch=epoch + 1, **means))
+    def update(images, z, eps1, eps2, t, t_wrong):
+        """Train D, then G, on one batch. Return the losses."""
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=args.bf16):
+            if stage == 1:
+                fake, kl = G(z, eps1, t)
+            else:
+                with torch.no_grad():
+                    s0, _ = G0(z, eps1, t)
+                fake, kl = G(s0.float(), eps2, t)
+            losses = d_step(D, opt_d, images, fake, t, t_wrong)
+            losses["loss_g"] = g_step(D, opt_g, fake, t, kl)  # TF: fake is drawn anew
+            losses["kl"] = kl.detach()
+        return losses
+
+    # The training loop; a resumed run starts in the middle of its epoch
+    update = common.CUDAGraph(update, args.cuda_graph)
+    num_steps = args.epochs * len(batches)
+    print(f"Stage {stage}")
+    common.announce(args, G, D, train_set, step, num_steps)
+    bar = common.TrainingProgress(args, f"Stage {stage}", step, num_steps,
+                                  "--ngf 32 --ndf 32 --size 128")
+    stop = common.GracefulStop()
+    last_save = 0
+    for epoch in range(step // len(batches), args.epochs):
+        lr = args.lr * 0.5 ** (epoch // args.lr_decay_epochs)
+        common.set_learning_rate(opt_g, lr)
+        common.set_learning_rate(opt_d, lr)
+        losses = common.Means()  # after a resume, of the rest of the epoch
+        for _ in range(step % len(batches), len(batches)):
+            images, captions, wrong = batches(step)
+            t = embeddings[captions].mean(1)  # (B, 1024), of several captions as in TF
+            t_wrong = embeddings[wrong].mean(1)
+            # A resumed run draws the same noise, and each rank its own
+            torch.manual_seed(args.seed * data.EPOCH_SEEDS + step)
+            noise = torch.randn(common.world_size(), len(t), NZ + 2 * NC, device=args.device)
+            z, eps1, eps2 = noise[common.rank()].split((NZ, NC, NC), 1)
+            losses.add(update(images, z, eps1, eps2, t, t_wrong))
+            decay = min(args.ema, (1 + step) / (10 + step))  # a short average at first
+            update_ema(ema, G, decay)
+            step += 1
+            if step % 20 == 0:  # reading the losses makes a GPU wait
+                bar.note = losses.summary()
+            bar.update(args.batch_size)
+            stopping = stop.requested()
+            if stopping:
+                break
+
+        # Log a finished epoch
+        if step % len(batches) == 0:
+            history.append({"stage": stage, "epoch": epoch + 1, **losses.means()})
             if args.eval_every and (epoch + 1) % args.eval_every == 0:
                 history[-1] |= evaluate(stages, encoder, test_set, args)
-        if stopping or step + 1 == num_steps or (end_of_epoch and time.time() - saved > 60):
-            saved = time.time()
+
+        # Save after a signal, at the end, and else at most once a minute
+        if stopping or step == num_steps or time.time() - last_save > 60:
+            last_save = time.time()
             common.save_grid(args.out_dir / f"stage{stage}_epoch_{epoch + 1:04}.png",
-                             generate(stages, *grid), 8)
+                             generate(stages, grid_z, grid_t), 8, grid_captions)
             common.save_log(args.out_dir / "log.csv", history)
-            common.save_checkpoint(args.out_dir / "last.pt", dict(
-                kind=NAME, stage=stage, step=step + 1, history=history, sums=sums,
-                args={n: vars(args)[n] for n in RESUME_ARGS}, text_encoder=encoder, **parts))
+            common.save_checkpoint(args.out_dir / "last.pt", {
+                "kind": NAME,
+                "stage": stage,
+                "step": step,
+                "epoch": step // len(batches),
+                "history": history,
+                "args": {name: getattr(args, name) for name in RESUME_ARGS},
+                "caption_hashes": train_set.caption_hashes(),
+                "text_encoder": encoder,
+                **parts})
         if stopping:
             return 128 + stop.signal
-    stop.signal = True  # until the next stage, signals exit
+    stop.finish()  # between the stages, a signal ends the program
+
 
 # ---- Sampling
 
-def load_generator(path, device="cpu"):
-    """Return [Stage-I, Stage-II if trained] and the text encoder of a checkpoint or its path."""
-    state = path if isinstance(path, dict) else common.load_checkpoint(path, NAME)
-    args, G = state["args"], [Stage1(state["args"]["ngf"])]
-    if state["stage"] == 2:
-        G.append(Stage2(args["ngf"], args["size"], args["num_residual"]))
-    for net, name in zip(G[::-1], ("ema", "G0")):  # ema: of the last stage
-        net.load_state_dict(state[name])
+def load_generator(checkpoint, device="cpu"):
+    """Return a list of the trained stages, and the text encoder, of a checkpoint or of its path."""
+    if not isinstance(checkpoint, dict):
+        checkpoint = common.load_checkpoint(checkpoint, NAME)
+    args = checkpoint["args"]
+    stage1 = Stage1(args["ngf"])
+    if checkpoint["stage"] == 1:
+        stage1.load_state_dict(checkpoint["ema"])
+        stages = [stage1]
+    else:
+        stage1.load_state_dict(checkpoint["G0"])
+        stage2 = Stage2(args["ngf"], args["size"], args["num_residual"])
+        stage2.load_state_dict(checkpoint["ema"])
+        stages = [stage1, stage2]
+    for net in stages:
         net.eval().to(device, memory_format=torch.channels_last)
-    encoder = common.text_encoder_from_state_dict(state["text_encoder"])
-    return G, encoder.to(device)
+    encoder = common.text_encoder_from_state_dict(checkpoint["text_encoder"])
+    return stages, encoder.to(device)
+
 
 def sample_noise(n, seed=0):
-    """Return z and eps of both stages (n, 100 + 128 + 128) from N(0, 1)."""
+    """Return z, eps1 and eps2 side by side, (n, 100 + 128 + 128) from N(0, 1)."""
     return torch.randn(n, NZ + 2 * NC, generator=torch.Generator().manual_seed(seed))
 
+
 @torch.no_grad()
-def generate(G, noise, embeddings):
-    """noise (N, 356), embeddings (N, TEXT) -> images (N, 3, S, S) in [-1, 1]."""
-    x, *eps = noise.to(embeddings.device).split((NZ, NC, NC), 1)
-    for stage, e in zip(G, eps):
-        x, _ = stage(x, e, embeddings)
-    return x.float()
+def generate(stages, noise, embeddings):
+    """Draw images (N, 3, S, S) in [-1, 1] from noise (N, 356) and embeddings (N, 1024)."""
+    noise = noise.to(embeddings.device)
+    images = []
+    for part, t in zip(noise.split(64), embeddings.split(64)):
+        z, eps1, eps2 = part.split((NZ, NC, NC), 1)
+        x, _ = stages[0](z, eps1, t)
+        if len(stages) == 2:
+            x, _ = stages[1](x, eps2, t)
+        images.append(x.float())
+    return torch.cat(images)
 
-def sample(G, encoder, args):
-    """Draw a grid (row: t, column: noise), or --num-images files a row."""
-    captions, n = args.captions, args.num_images or args.samples_per_caption
-    noise, t = sample_noise(n, args.seed), encoder.encode_prompts(captions)
-    kind, alphas = "sample", torch.linspace(0, 1, n)[:, None]
+
+def sample(stages, encoder, args, step):
+    """Write a grid, one row per embedding and one column per noise, or --num-images files a row."""
+    n = args.num_images or args.samples_per_caption
+    noise = sample_noise(n, args.seed)
+    t = encoder.encode_prompts(args.captions)
+    alphas = torch.linspace(0, 1, n)[:, None]
+    kind = "sample"
     if args.interpolate_noise:
-        kind, noise = "noise", torch.lerp(noise[0], noise[-1], alphas)
+        kind = "noise"
+        noise = torch.lerp(noise[0], noise[-1], alphas)
     if args.interpolate:
-        kind, t = "interpolation", torch.lerp(*t, alphas.to(t.device))
-    noise, t = noise.repeat(len(t), 1), t.repeat_interleave(n, 0)
-    path = args.out_dir / f"{kind}-{common.slug(captions)}-{args.seed}.png"
-    if args.num_images:
-        path = path.with_suffix("")
-        for i in range(len(t)):
-            common.save_grid(path / f"{i:05}.png", generate(G, noise[[i]], t[[i]]), 1)
-    else:
-        common.save_grid(path, generate(G, noise, t), n)
-    print(*captions, path, sep="\n")
+        kind = "interpolation"
+        t = torch.lerp(t[0], t[1], alphas.to(t.device))
+    noise = noise.repeat(len(t), 1)
+    t = t.repeat_interleave(n, 0)
+    name = common.sample_name(args.captions, kind, len(stages), step, n)
+    path = args.out_dir / f"{kind}-{name}-{args.seed}"
+    common.save_samples(path, lambda z, t: generate(stages, z, t), noise, t, args)
 
-def evaluate(G, encoder, test_set, args):
-    """Return the metrics."""
-    t = common.embed_captions(encoder, test_set)
-    captions = common.evaluation_captions(test_set, args.fid_samples)
-    fake = (generate(G, sample_noise(len(c), i), t[c]) for i, c in enumerate(captions))
-    groups = (generate(G, sample_noise(8, k), t[[k] * 8]) for k in captions[0][:50].tolist())
-    return common.evaluate(fake, captions, groups, test_set, args.device, args.r_precision_encoder)
+
+def evaluate(stages, encoder, test_set, args):
+    """Print and return the metrics."""
+    return common.evaluate(
+        lambda z, t: generate(stages, z, t), sample_noise, encoder, test_set, args)
+
 
 # ---- Command line
 
 PRESETS = {
     "toy": dict(stage=1, epochs=24, size=128, ngf=16, ndf=16, batch_size=8, lr=4e-4, ema=0.998,
-                captions_per_image=1, num_residual=2, eval_every=24, fid_samples=1024),
+                captions_per_image=1, num_residual=2, embedding_rms=8, eval_every=24,
+                fid_samples=1024),
+    "folder": dict(size=128, ngf=32, ndf=32, batch_size=16, captions_per_image=1, num_residual=2),
     "coco": dict(epochs=120, ngf=192, ndf=96, num_residual=2, captions_per_image=1,
                  lr_decay_epochs=20)}  # PT
 RESUME_ARGS = ("data", "size", "ngf", "ndf", "num_residual", "batch_size", "lr", "lr_decay_epochs",
-               "ema", "captions_per_image", "seed")
+               "ema", "captions_per_image", "embedding_rms", "seed")
+
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(NAME, description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("stackgan.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--stage", type=int, choices=[1, 2], default=2, help="the last stage")
-    add("--epochs", type=int, default=600, help="of each stage (section 3.5)")
-    add("--batch-size", type=int, default=64, help="section 3.5")
+    add("--stage", type=int, choices=[1, 2], default=2, help="the last stage to train or to draw")
+    add("--epochs", type=common.positive_int, default=600, help="of each stage (section 3.5)")
+    add("--batch-size", type=common.positive_int, default=64, help="images per step (section 3.5)")
     add("--size", type=int, choices=[128, 256], default=256, help="of Stage-II (section 3.5)")
-    add("--lr", type=float, default=2e-4, help="section 3.5")
-    add("--lr-decay-epochs", type=int, default=100, help="halve lr (section 3.5)")
-    add("--ngf", type=int, default=128, help="width of G (released)")
-    add("--ndf", type=int, default=64, help="width of D (released)")
-    add("--num-residual", type=int, default=4, help="section 3.5: 4, at 128 px 2")
-    add("--captions-per-image", type=int, default=4, help="averaged (TF)")
-    args, checkpoint = common.parse_args(parser, PRESETS, RESUME_ARGS, argv)
+    add("--lr", type=float, default=LR, help="learning rate of G and D (section 3.5)")
+    add("--lr-decay-epochs", type=common.positive_int, default=100, help="halve lr (section 3.5)")
+    add("--ngf", type=common.positive_int, default=NGF, help="width of G (released)")
+    add("--ndf", type=common.positive_int, default=NDF, help="width of D (released)")
+    add("--num-residual", type=common.positive_int, default=NUM_RESIDUAL,
+        help="residual blocks of Stage-II (section 3.5: 4, at 128 px 2)")
+    add("--captions-per-image", type=common.positive_int, default=4,
+        help="captions of an image whose embeddings are averaged (TF)")
+    add("--embedding-rms", type=float, default=1,
+        help="RMS length of the embeddings of a text encoder trained here")
+    common.add_shared_flags(parser)
+    common.describe_defaults(parser, PRESETS)
+
+    path = common.find_checkpoint(NAME, parser.parse_args(argv))
+    args, checkpoint = common.parse_args(NAME, parser, PRESETS, RESUME_ARGS, path, argv)
+
     if not (args.captions or args.evaluate):
-        for stage in range(checkpoint["stage"] if checkpoint else 1, args.stage + 1):
-            if status := train(args, checkpoint, stage):
+        first_stage = checkpoint["stage"] if checkpoint else 1
+        if first_stage > args.stage:
+            print(f"{path} is in Stage-II already: Stage-I is complete. "
+                  "Omit --stage 1 to train Stage-II.")
+        for stage in range(first_stage, args.stage + 1):
+            status = train(args, stage, checkpoint)
+            if status:
                 return status
             with common.main_process_first():
                 checkpoint = common.load_checkpoint(args.out_dir / "last.pt", NAME)
         return
-    G, encoder = load_generator(checkpoint, args.device)
-    G = G[:args.stage]
+    if not checkpoint:
+        parser.error(f"{args.out_dir}/last.pt does not exist; train first")
+    stages, encoder = load_generator(checkpoint, args.device)
+    stages = stages[:args.stage]
     if args.captions:
-        return sample(G, encoder, args)
-    test_set = data.load_dataset(args.data, "test", args.size if len(G) == 2 else 64, args.root)
-    evaluate(G, encoder, test_set, args)
+        return sample(stages, encoder, args, checkpoint["step"])
+    size = args.size if len(stages) == 2 else 64
+    test_set = data.load_dataset(args.data, "test", size, args.root)
+    evaluate(stages, encoder, test_set, args)
+
 
 if __name__ == "__main__":
     sys.exit(common.run(main) if common else "needs common.py, data.py and requirements.txt")

@@ -1,234 +1,352 @@
-"""Runs through the command line: resuming, signals, torchrun, sampling, user errors, weights/."""
-import ast
-import functools
-import importlib
+"""Training through the command line: resuming, signals, torchrun, moved and changed datasets."""
+import csv
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms.functional import to_tensor
 
 import common
 import data
+from commands import (SmallInception, TINY, call, flags, load, read_grid, step_losses,
+                      whole_run)
 from conftest import ROOT, equal, run
 
-FLAGS = {"dfgan": "--size 32 --nf 2",
-         "gan_cls": "--ngf 4 --ndf 2 --captions-per-image 2 --lr-decay-epochs 1",
-         "stackgan": "--ngf 4 --ndf 2 --size 128 --num-residual 1 --lr-decay-epochs 1"}
-A, B = "a red picture", "it is blue"
-COLOURS = {"pink flower": lambda r, g, b: r > g + 15 and b > g,
-           "purple flower": lambda r, g, b: min(r, b) > g + 5,
-           "yellow flower": lambda r, g, b: min(r, g) > b + 30,
-           "white flower": lambda r, g, b: min(r, g, b) > 90 and max(r, g, b) - min(r, g, b) < 60}
-
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-# Runs a script after lines of a test that replace something
-DRIVER = """
-import os, runpy, signal, sys, torch, torch.distributed as dist
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-signal.signal(2, signal.default_int_handler)    # ignored in the background of a shell script
-import common, data
-{}
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-SIGNAL = """
-def batches(self, step, call=data.Batches.__call__):
-    if step == 2 and os.environ.get("RANK", "1") == "1":    # the first of two steps of epoch 2
-        os.kill(os.getpid(), {})
-    return call(self, step)
-data.Batches.__call__ = batches
-"""
-BETWEEN = """
-def load_dataset(name, split, size, root, call=data.load_dataset):
-    if (split, size) == ("train", 128):
-        os.kill(os.getpid(), 2)
-    return call(name, split, size, root)
-data.load_dataset = load_dataset
-"""
-KILL = "torch.save = lambda _, path: (path.write_bytes(b'x'), os.kill(os.getpid(), 9))"
-COMPARE_RANKS = """
-def save(path, state, call=common.save_checkpoint):
-    if "opt_g" in state:
-        parameters, ranks = [p.detach() for k in "GD" for p in state[k].parameters()], [0, 0]
-        dist.all_gather_object(ranks, parameters)
-        assert all(map(torch.equal, *ranks))
-    call(path, state)
-common.save_checkpoint = save
-"""
+
 
 @pytest.fixture(autouse=True)
 def in_home(home, empty_folder, monkeypatch):
-    """Run in `home`, on one thread, on which sums depend. Ctrl-C still ends the tests."""
+    """Run in `home`, on one thread, because sums depend on it. Ctrl-C still ends the tests."""
     monkeypatch.chdir(home)
     torch.set_num_threads(1)
     monkeypatch.setattr("signal.signal", lambda *_: None)
 
-def flags(script, name, more=""):
-    line = f"--data own --device cpu --batch-size 8 --epochs 2 --out-dir runs/{name}"
-    return f"{line} {FLAGS[script]} {more}".split()
 
-def call(script, arguments):
-    """Run a script in this process; return its exit status."""
-    try:
-        return common.run(lambda: importlib.import_module(script).main(arguments)) or 0
-    except SystemExit as end:    # argparse
-        return end.code
+# ---- Commands in a process of their own, with something that happens to them
 
-def drive(patch, script, name, launcher=()):
-    Path("driver.py").write_text(DRIVER.format(patch))
+DRIVER = """
+import os, runpy, signal, sys, torch
+import torch.distributed as dist
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs of a shell
+import common, data
+{happening}
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+SIGNAL_IN_STEP_2 = """
+draw_batch = data.Batches.__call__
+
+def draw_batch_and_send_signal(batches, step):
+    if step == 2 and os.environ.get("RANK", "1") == "1":  # under torchrun, to one of the two ranks
+        os.kill(os.getpid(), {signal})
+    return draw_batch(batches, step)
+
+data.Batches.__call__ = draw_batch_and_send_signal
+"""
+SIGNAL_BETWEEN_STAGES = """
+load_dataset = data.load_dataset
+
+def load_dataset_and_send_signal(name, split, size, root):
+    if split == "train" and size == 128:  # Stage-II begins
+        os.kill(os.getpid(), signal.SIGINT)
+    return load_dataset(name, split, size, root)
+
+data.load_dataset = load_dataset_and_send_signal
+"""
+KILL_WHILE_WRITING = """
+def write_half_and_die(state, path):
+    path.write_bytes(b"half a checkpoint")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = write_half_and_die
+"""
+COMPARE_RANKS = """
+save_checkpoint = common.save_checkpoint
+
+def compare_ranks_and_save(path, state):
+    if "opt_g" in state:
+        parameters = [p.detach() for net in "GD" for p in state[net].parameters()]
+        ranks = [None, None]
+        dist.all_gather_object(ranks, parameters)
+        assert all(map(torch.equal, *ranks)), "the ranks have different weights"
+    save_checkpoint(path, state)
+
+common.save_checkpoint = compare_ranks_and_save
+"""
+
+
+def drive(happening, script, name, launcher=()):
+    """Run a script in a process of its own, after the Python lines of what happens to it."""
+    Path("driver.py").write_text(DRIVER.format(happening=happening))
     return run(*launcher, "driver.py", ROOT / f"{script}.py", *flags(script, name), cwd=".")
 
-def load(script, name):
-    return common.load_checkpoint(f"runs/{name}/last.pt", script)
 
-@functools.cache
-def straight(script):
-    """Return the checkpoint of a run of 2 epochs of 2 steps without interruption."""
-    assert call(script, flags(script, f"straight-{script}")) == 0
-    return load(script, f"straight-{script}")
+# ---- Resuming
 
-def resume(script, name):
-    """Run the command again: its run must end like the one without interruption."""
+
+class StopAfter(common.GracefulStop):
+    """Ask training to stop after some steps, as after a signal."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+
+    def requested(self):
+        self.steps -= 1
+        if self.steps == 0:
+            self.signal = signal.SIGTERM
+        return super().requested()
+
+
+def resume_to_the_end(script, name):
+    """Run the command again. The run must end with the bits of the one without interruption."""
     assert call(script, flags(script, name)) == 0
-    assert equal(load(script, name), straight(script))
+    state = load(script, name)
+    history = state.pop("history")
+    whole = dict(whole_run(script))
+    whole_history = whole.pop("history")
+    assert equal(state, whole)
+    return history, whole_history
 
-@functools.cache
-def random_model(script):
-    """Return a run with random weights, so that captions and noise change the images."""
-    state, path = dict(straight(script)), f"runs/random-{script}"
-    torch.manual_seed(0)
-    for part in sorted({"ema", "G0", "text_encoder"} & state.keys()):
-        state[part] = {k: v + 0.15 * torch.randn_like(v) if "weight" in k or "bias" in k else v
-                       for k, v in state[part].items()}
-    state["text_encoder"]["_extra_state"] = state["text_encoder"]["_extra_state"] | {"scale": 1}
-    common.save_checkpoint(Path(path, "last.pt"), state)
-    return path
 
-def read_grid(output, columns):
-    """Return images (rows, columns, 3, S, S) of the grid named last in the output."""
-    x = to_tensor(Image.open(output.split()[-1]))[:, 2:, 2:] * 2 - 1
-    size = x.shape[2] // columns
-    x = x.unflatten(1, (-1, size)).unflatten(3, (-1, size)).permute(1, 3, 0, 2, 4)[..., :-2, :-2]
-    return x
-
-@pytest.mark.parametrize("script, legs", [("dfgan", ["--epochs 1"]), ("gan_cls", ["--epochs 1"]),
+@pytest.mark.parametrize("script, parts", [
+    ("dfgan", ["--epochs 1"]),
+    ("gan_cls", ["--epochs 1"]),
     ("stackgan", ["--stage 1 --epochs 1", "--stage 1", "--epochs 1"])])
-def test_resumed_run_is_bit_identical(script, legs):
-    for leg in legs:
-        assert call(script, flags(script, f"legs-{script}", leg)) == 0
-    state = load(script, f"legs-{script}")
-    encoder = common.text_encoder_from_state_dict(state["text_encoder"])
-    x = encoder.encode(data.load_dataset(str(Path("own").resolve()), size=64).captions)
-    assert x.norm() / len(x) ** 0.5 == pytest.approx({"dfgan": 3}.get(script, 1))
-    assert state["step"] == 2
-    resume(script, f"legs-{script}")
+def test_resumed_run_is_bit_identical(script, parts):
+    name = f"parts-{script}"
+    for part in parts:
+        assert call(script, flags(script, name, part)) == 0
+        assert load(script, name)["step"] == (4 if part == "--stage 1" else 2)
+    history, whole_history = resume_to_the_end(script, name)
+    assert history == whole_history
 
-@pytest.mark.parametrize("script, number", [("gan_cls", 2), ("stackgan", 15)])
+
+@pytest.mark.parametrize("script", TINY)
+def test_run_resumed_in_the_middle_of_an_epoch_is_bit_identical(script, monkeypatch):
+    """The logged losses of an interrupted epoch are those of its second part."""
+    name = f"middle-{script}"
+    stages = 2 if script == "stackgan" else 1
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "GracefulStop", lambda: StopAfter(3))
+        for stage in range(1, stages + 1):
+            assert call(script, flags(script, name)) == 128 + signal.SIGTERM
+            assert load(script, name)["step"] == 3
+            assert load(script, name).get("stage", 1) == stage
+    history, whole_history = resume_to_the_end(script, name)
+    for stage in range(stages):
+        first, second = history[2 * stage:2 * stage + 2]
+        assert first == whole_history[2 * stage]
+        last_step = step_losses(script)[4 * stage + 3]
+        assert second == {**whole_history[2 * stage + 1], **last_step}
+
+
+def test_log_and_grid_of_each_epoch():
+    """Each row of a grid has its caption in the text file beside the grid."""
+    steps = step_losses("gan_cls")
+    with open("runs/whole-gan_cls/log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    for epoch, row in enumerate(rows):
+        for loss in ("loss_d", "d_real", "d_wrong", "d_fake", "loss_g"):
+            mean = (steps[2 * epoch][loss] + steps[2 * epoch + 1][loss]) / 2
+            assert float(row[loss]) == pytest.approx(mean, rel=1e-6)
+
+    grid = Path("runs/whole-gan_cls/epoch_0001.png")
+    captions = grid.with_suffix(".txt").read_text().splitlines()
+    assert len(read_grid(grid, 8)) == len(captions) > 1
+    assert set(captions) <= set(data.load_dataset("own", "test").captions)
+
+
+@pytest.mark.parametrize("script, length", [("dfgan", 3), ("gan_cls", 1), ("stackgan", 1)])
+def test_embeddings_have_the_rms_length_of_the_script(script, length):
+    encoder = common.text_encoder_from_state_dict(whole_run(script)["text_encoder"])
+    embeddings = encoder.encode(data.load_dataset("own", "train").captions)
+    squared_lengths = embeddings.double().square().sum(1)
+    assert squared_lengths.mean().sqrt().item() == pytest.approx(length)
+
+
+def test_finished_run_says_so(capsys):
+    whole_run("dfgan")
+    assert call("dfgan", flags("dfgan", "whole-dfgan")) == 0
+    output = capsys.readouterr().out
+    assert "already trained for 2 epochs; a larger --epochs trains on" in output
+    state = whole_run("dfgan")
+    sizes = [sum(x.numel() for x in state[net].values()) for net in ("G", "D")]
+    assert f"parameters: G {sizes[0]:,}, D {sizes[1]:,}" in output  # no batch norm, no buffers
+
+
+def test_stage_1_of_a_run_in_stage_2_says_that_nothing_is_left(capsys):
+    before = whole_run("stackgan")
+    assert call("stackgan", flags("stackgan", "whole-stackgan", "--stage 1")) == 0
+    assert "is in Stage-II already: Stage-I is complete" in capsys.readouterr().out
+    assert equal(load("stackgan", "whole-stackgan"), before)
+
+
+# ---- Signals and crashes
+
+
+@pytest.mark.parametrize("script, number", [
+    ("gan_cls", signal.SIGINT), ("dfgan", signal.SIGTERM)])
 def test_signal_saves_in_the_middle_of_an_epoch(script, number):
-    done = drive(SIGNAL.format(number), script, f"signal-{script}")
-    assert done.returncode == 128 + number and "same command" in done.stderr, done.stderr
-    state = load(script, f"signal-{script}")
-    assert state["step"] == 3 and len(state["history"]) == 1 and state["sums"].any()
-    resume(script, f"signal-{script}")
+    name = f"signal-{script}"
+    whole_run(script)
+    done = drive(SIGNAL_IN_STEP_2.format(signal=int(number)), script, name)
+    assert done.returncode == 128 + number, done.stderr
+    assert "saving; run the same command to resume" in done.stderr
+    state = load(script, name)
+    assert state["step"] == 3
+    assert [row["epoch"] for row in state["history"]] == [1]
+    resume_to_the_end(script, name)
 
-def test_signal_between_the_stages_stops_at_once():
-    assert drive(BETWEEN, "stackgan", "between").returncode == 130
+
+def test_signal_between_the_stages_ends_the_program_at_once():
+    done = drive(SIGNAL_BETWEEN_STAGES, "stackgan", "between")
+    assert done.returncode == 130
+    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
     assert load("stackgan", "between")["stage"] == 1
-    resume("stackgan", "between")
+    history, whole_history = resume_to_the_end("stackgan", "between")
+    assert history == whole_history
+
 
 def test_kill_while_writing_keeps_the_last_checkpoint():
-    assert drive(KILL, "dfgan", "kill").returncode == -9 and not Path("runs/kill/last.pt").exists()
+    whole_run("dfgan")
+    assert drive(KILL_WHILE_WRITING, "dfgan", "kill").returncode == -signal.SIGKILL
+    assert not Path("runs/kill/last.pt").exists()
     assert call("dfgan", flags("dfgan", "kill", "--epochs 1")) == 0
-    assert drive(KILL, "dfgan", "kill").returncode == -9 and load("dfgan", "kill")["step"] == 2
-    resume("dfgan", "kill")
+    assert drive(KILL_WHILE_WRITING, "dfgan", "kill").returncode == -signal.SIGKILL
+    assert load("dfgan", "kill")["step"] == 2
+    resume_to_the_end("dfgan", "kill")
+
+
+def test_full_disk_while_saving_keeps_the_last_checkpoint(monkeypatch, capsys):
+    assert call("dfgan", flags("dfgan", "full-disk", "--epochs 1")) == 0
+
+    def write_half(state, path):
+        path.write_bytes(b"half a checkpoint")
+        raise RuntimeError("unexpected pos 10950528 vs 10950416")  # of PyTorch on a full disk
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", write_half)
+        assert call("dfgan", flags("dfgan", "full-disk")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: cannot write runs/full-disk/last.pt, an older file is kept")
+    assert load("dfgan", "full-disk")["step"] == 2
+    assert not list(Path("runs/full-disk").glob("*.part*"))
+
+
+# ---- torchrun
+
 
 def test_two_processes_equal_one_with_the_joint_batch():
-    done = drive(SIGNAL.format(15), "dfgan", "two-dfgan", TORCHRUN)    # to one process: both stop
-    assert done.returncode and load("dfgan", "two-dfgan")["step"] == 3, done.stderr
+    """The losses of an epoch are means over the ranks, also after a resume in its middle."""
+    whole = whole_run("dfgan")
+    interrupt = SIGNAL_IN_STEP_2.format(signal=int(signal.SIGTERM))
+    done = drive(interrupt, "dfgan", "two-dfgan", TORCHRUN)
+    assert done.returncode != 0
+    assert load("dfgan", "two-dfgan")["step"] == 3, done.stderr
+
     done = drive(COMPARE_RANKS, "dfgan", "two-dfgan", TORCHRUN)
-    assert done.returncode == 0 and done.stdout.count("22 images") == 1, done.stderr
-    two, one = load("dfgan", "two-dfgan"), straight("dfgan")
-    for net in ("G", "D", "ema"):
-        torch.testing.assert_close(two[net], one[net], rtol=1e-4, atol=1e-5)
-
-@pytest.mark.parametrize("script, more", [("gan_cls", "--epochs 1"), ("stackgan", "--stage 1")])
-def test_other_scripts_go_on_with_two_processes(script, more):
-    assert call(script, flags(script, f"two-{script}", more)) == 0
-    done = drive(COMPARE_RANKS, script, f"two-{script}", TORCHRUN)
     assert done.returncode == 0, done.stderr
-    epochs = [row["epoch"] for row in load(script, f"two-{script}")["history"]]
-    assert epochs == {"gan_cls": [1, 2], "stackgan": [1, 2, 1, 2]}[script]
+    assert done.stdout.count("22 images") == 1
+    state = load("dfgan", "two-dfgan")
+    for net in ("G", "D", "ema"):
+        torch.testing.assert_close(state[net], whole[net], rtol=1e-4, atol=1e-5)
+    second_epoch = {"epoch": 2, **step_losses("dfgan")[3]}
+    for row, expected in zip(state["history"], [whole["history"][0], second_epoch], strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
-@pytest.mark.parametrize("script", FLAGS)
-def test_samples_are_those_of_the_python_api(script, capsys):
-    module, out_dir = importlib.import_module(script), random_model(script)
-    G, text_encoder = module.load_generator(f"{out_dir}/last.pt")
-    t, z = text_encoder.encode_prompts([A, B]), module.sample_noise(3, 7)
-    line_t, line_z = (torch.stack((x[0], (x[0] + x[-1]) / 2, x[-1])) for x in (t, z))
-    t3 = t.repeat_interleave(3, 0)
-    for flag, noise, text in (("--sample", z.repeat(2, 1), t3),
-                              ("--interpolate", z.repeat(3, 1), line_t.repeat_interleave(3, 0)),
-                              ("--interpolate-noise", line_z.repeat(2, 1), t3)):
-        command = f"--out-dir {out_dir} --seed 7 --samples-per-caption 3 {flag}".split() + [A, B]
-        assert call(script, command) == 0
-        x = module.generate(G, noise, text).unflatten(0, (-1, 3))
-        assert (x[0] - x[1]).abs().max() > 0.1 < (x[:, 0] - x[:, 2]).abs().max()
-        grid = read_grid(capsys.readouterr().out, 3)
-        assert (grid - x).abs().mean() < 0.004    # 8 bits; rounding may flip a saturated pixel
-    assert call(script, ["--out-dir", out_dir, "--sample", A, B, "--num-images", "2"]) == 0
-    files = sorted(Path(capsys.readouterr().out.split()[-1]).iterdir())
-    x = module.generate(G, module.sample_noise(2)[1:], t[1:])[0] / 2 + 0.5
-    assert len(files) == 4 and (to_tensor(Image.open(files[3])) - x).abs().max() < 0.01
 
-class SmallInception(torch.nn.Module):
-    def forward(self, x):
-        pooled = F.pad(F.adaptive_avg_pool2d(x, 26).flatten(1), (0, 20))    # (B, 2048)
-        return pooled, F.adaptive_avg_pool2d(x, 96).reshape(-1, 768, 36)
+@pytest.mark.parametrize("script, first_part, epochs", [
+    ("gan_cls", "--epochs 1", [1, 2]),
+    ("stackgan", "--stage 1", [1, 2, 1, 2])])
+def test_two_processes_go_on_with_a_run_of_one(script, first_part, epochs):
+    name = f"two-{script}"
+    assert call(script, flags(script, name, first_part)) == 0
+    done = drive(COMPARE_RANKS, script, name, TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    assert [row["epoch"] for row in load(script, name)["history"]] == epochs
 
-@pytest.mark.parametrize("script", FLAGS)
-def test_evaluate(script, monkeypatch, capsys):
-    """R-precision needs an encoder with Inception features."""
+
+# ---- Moved and changed datasets
+
+
+def train_one_epoch_elsewhere(folder):
+    """Copy the images to a folder. Return the flags of a run there, which has one epoch."""
+    shutil.copytree("own", folder / "own")
+    arguments = flags("dfgan", "", f"--data {folder}/own --out-dir {folder}/run")
+    assert call("dfgan", [*arguments, "--epochs", 1]) == 0
+    return arguments
+
+
+def test_moved_run_draws_resumes_and_evaluates(tmp_path, monkeypatch, capsys):
+    whole = whole_run("dfgan")
+    train_one_epoch_elsewhere(tmp_path / "first")
+    shutil.move(tmp_path / "first", tmp_path / "second")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     monkeypatch.setattr(common, "FIDInception", SmallInception)
-    path = Path("damsm.pt")
-    common.train_text_encoder("damsm", data.dataset_id("own"), "", "cpu", path, 2, "inception")
-    assert call(script, ["--out-dir", random_model(script), "--evaluate", "--fid-samples", "40",
-                         "--r-precision-encoder", str(path)]) == 0
-    metrics = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
-    assert metrics["fid"] > 0 < metrics["diversity"] and 0 <= metrics["r_precision"] <= 1
+    run_flags = ["--out-dir", tmp_path / "second" / "run"]
+    data_flags = ["--data", tmp_path / "second" / "own"]
 
-def test_style_image(capsys):
-    command = ["--out-dir", random_model("gan_cls"), "--style-image", "own/red/0.png"]
-    for _ in range(2):    # the second time with the style encoder of the first
-        assert call("gan_cls", [*command, "--style-steps", "2", "--sample", A, B]) == 0
-        photo, a, b = read_grid(capsys.readouterr().out, 3)[0]
-        assert (photo - torch.tensor([230, 20, 20])[:, None, None] / 127.5 + 1).abs().max() < 0.01
-        assert (a - b).abs().max() > 0.1
+    assert call("dfgan", [*run_flags, "--sample", "a red picture"]) == 0
+    assert read_grid(capsys.readouterr().out.split()[-1], 8).shape[:2] == (1, 8)
+    assert call("dfgan", [*run_flags, *data_flags, "--evaluate", "--fid-samples", 9]) == 0
+    assert "FID" in capsys.readouterr().out
+    assert call("dfgan", [*run_flags, *data_flags, "--epochs", 2]) == 0
+    state = common.load_checkpoint(tmp_path / "second" / "run" / "last.pt", "dfgan")
+    for part in ("G", "D", "ema", "opt_g", "opt_d", "history", "text_encoder"):
+        assert equal(state[part], whole[part])
 
-@pytest.mark.parametrize("script, line, message", [
-    ("dfgan", "--data own --out-dir runs/straight-dfgan --nf 4", "nf 4 contradicts"),
-    ("dfgan", "--data other/own --out-dir runs/straight-dfgan", "other/own contradicts"),
-    ("dfgan", "--data own --size 32 --device cuda", "CUDA"),
-    ("dfgan", "--data own --size 32 --text-encoder own/red/0.png", "encoder own/red/0.png"),
-    ("gan_cls", "--data own --text-encoder runs/damsm-own/encoder.pt", "char-cnn-rnn"),
-    ("gan_cls", "--out-dir runs/none --sample red", "runs/none/last.pt"),
-    ("stackgan", "--data nowhere", "nowhere")])
-def test_user_error_is_one_line(script, line, message, monkeypatch, capfd):
-    straight("dfgan")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert call(script, line.split()) == 2
-    errors = [row for row in capfd.readouterr().err.splitlines() if "error:" in row]
-    assert len(errors) == 1 and message in errors[0]
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("weights/*.pt")), ids=lambda path: path.stem)
-def test_shipped_weights(path, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert call(path.stem, ["--sample", *COLOURS]) == 0 and path.stat().st_size <= 16e6
-    grid = (read_grid(capsys.readouterr().out, 8) + 1) * 127.5
-    q = grid.shape[-1] // 4
-    for row, (caption, is_colour) in zip(grid, COLOURS.items(), strict=True):
-        middle = row[..., q:-q, q:-q].mean((2, 3)).tolist()
-        assert sum(is_colour(*colour) for colour in middle) >= 6, (caption, middle)
-        assert torch.pdist(row.flatten(1), 1).min() / row[0].numel() > 10, f"equal: {caption}"
+def test_run_whose_folder_is_gone_asks_for_it(tmp_path, capsys):
+    train_one_epoch_elsewhere(tmp_path)
+    (tmp_path / "own").rename(tmp_path / "other")
+    assert call("dfgan", ["--out-dir", tmp_path / "run", "--epochs", 2]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"there is no folder {tmp_path}/own" in error and "--data" in error
+
+
+def add_images(folder):
+    """Add 48 images with the captions of the others."""
+    for path in folder.rglob("*.png"):
+        for copy in ("second", "third"):
+            shutil.copy(path, path.with_stem(f"{path.stem}-{copy}"))
+            shutil.copy(path.with_suffix(".txt"), path.with_name(f"{path.stem}-{copy}.txt"))
+
+
+def remove_images(folder):
+    """Remove a third of the images."""
+    shutil.rmtree(folder / "red")
+
+
+@pytest.mark.parametrize("change", [add_images, remove_images])
+def test_run_on_a_changed_folder_counts_epochs_on(change, tmp_path, capsys):
+    arguments = train_one_epoch_elsewhere(tmp_path)
+    change(tmp_path / "own")
+    capsys.readouterr()
+    assert call("dfgan", arguments) == 0
+    num_images = len(data.load_dataset(str(tmp_path / "own"), "train"))
+    assert num_images != 22
+    output = capsys.readouterr().out
+    assert output.count(f"the dataset has changed: {num_images} training images now") == 1
+    state = common.load_checkpoint(tmp_path / "run" / "last.pt", "dfgan")
+    assert [row["epoch"] for row in state["history"]] == [1, 2]
+    assert state["step"] == 2 * (num_images // 8)
+
+
+def test_another_folder_of_the_same_name_is_refused(tmp_path, capsys):
+    (tmp_path / "own").mkdir()
+    for number in range(8):
+        Image.new("RGB", (64, 64)).save(tmp_path / "own" / f"{number}.png")
+        caption = "it is a picture" + " red" * number
+        (tmp_path / "own" / f"{number}.txt").write_text(caption)
+    whole_run("dfgan")
+    arguments = flags("dfgan", "whole-dfgan", f"--epochs 3 --data {tmp_path}/own")
+    assert call("dfgan", arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "own has other captions than the folder of that name" in error
