@@ -115,6 +115,8 @@ class CUDAGraph:
         self.enabled = enabled and world_size() == 1
         self.calls = 0
         self.graph = None
+        if self.enabled:
+            self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs):
         self.calls += 1
@@ -131,8 +133,6 @@ class CUDAGraph:
     def warm_up(self, inputs):
         # Warm-up and capture share one side stream: nodes that accumulate gradients remember the
         # stream of their first use, and must not wait for the default stream in a capture
-        if self.calls == 1:
-            self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             outputs = self.function(*inputs)
@@ -235,10 +235,13 @@ def save_checkpoint(path, state):
     """Write a dict on rank 0, with the state dicts of networks and optimizers. An error leaves an
     older file as it was."""
     if rank() == 0:
-        state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
+        plain = dict(state)
+        for name, part in state.items():
+            if hasattr(part, "state_dict"):
+                plain[name] = part.state_dict()
         try:
-            with data.atomic_write(path) as part:
-                torch.save(state, part)
+            with data.atomic_write(path) as temporary:
+                torch.save(plain, temporary)
         except (OSError, RuntimeError) as error:  # a full disk
             raise UserError(f"cannot write {path}, an older file is kept ({str(error)[:99]})")
 
@@ -359,7 +362,8 @@ class TrainingProgress(Progress):
     def update(self, n):
         super().update(n)
         if self.enabled and self.done == self.initial + 5 * n:
-            hours = (time.time() - self.start) / 3600 / (5 * n) * (self.total - self.done)
+            seconds = (time.time() - self.start) / (5 * n)  # per image
+            hours = seconds * (self.total - self.done) / 3600
             print(f"about {hours:.0f} hours" if hours > 2 else f"about {hours * 60:.0f} minutes")
             if hours > 24 and self.device == "cpu":
                 print(f"warning: on a CPU, a new run with {self.faster_flags} is much faster")
@@ -412,9 +416,11 @@ def describe_defaults(parser, presets):
     for action in parser._actions:
         # 0 is a default, and equal to False
         if action.default is not False and action.default not in (None, argparse.SUPPRESS):
-            more = [f"; {name}: {preset[action.dest]}" for name, preset in presets.items()
-                    if action.dest in preset]
-            action.help += f" (default: {action.default}{''.join(more)})"
+            defaults = f"default: {action.default}"
+            for name, preset in presets.items():
+                if action.dest in preset:
+                    defaults += f"; {name}: {preset[action.dest]}"
+            action.help += f" ({defaults})"
 
 
 def run_folder(name, args):
@@ -427,7 +433,9 @@ def is_training(args):
 
 def is_same_folder(a, b):
     """Return whether two values of --data are folders of the same name. A folder may move."""
-    return not {a, b} & data.DATASETS.keys() and Path(a).resolve().name == Path(b).resolve().name
+    if a in data.DATASETS or b in data.DATASETS:
+        return False
+    return Path(a).resolve().name == Path(b).resolve().name
 
 
 def find_checkpoint(name, args):
@@ -451,26 +459,32 @@ def parse_args(name, parser, presets, resume_names, path, argv):
     args = parser.parse_args(argv)
     device = init_distributed(args.device)
     training = is_training(args)
+
+    # The checkpoint, and the flags that a run keeps
     checkpoint = None
     resume_args = {}
     if path:
         checkpoint = load_checkpoint(path, name)
-        resume_args = {n: checkpoint["args"][n] for n in resume_names if n in checkpoint["args"]}
+        saved = checkpoint["args"]
+        resume_args = {flag: saved[flag] for flag in resume_names if flag in saved}
         if not training:
             resume_args.pop("seed", None)  # samples have a seed of their own
         note = checkpoint.get("note", "")
         print(f"{path}: {checkpoint['step']} steps on {resume_args['data']}{note}")
 
+    # Parse again with the right defaults
     dataset = resume_args.get("data", args.data)
     preset = presets.get(dataset if dataset in data.DATASETS else "folder", {})
     parser.set_defaults(bf16="cuda" in device and torch.cuda.is_bf16_supported(False))
     parser.set_defaults(**(preset | resume_args))
     args = parser.parse_args(argv)
-    for n, value in resume_args.items():
-        given = getattr(args, n)
-        if given != value and not (n == "data" and is_same_folder(given, value)):
-            parser.error(f"--{n.replace('_', '-')} {given} contradicts {path}, which has {value}; "
-                         "omit the flag, or set --out-dir for a new run")
+
+    # Refuse flags that contradict the run or each other
+    for flag, value in resume_args.items():
+        given = getattr(args, flag)
+        if given != value and not (flag == "data" and is_same_folder(given, value)):
+            parser.error(f"--{flag.replace('_', '-')} {given} contradicts {path}, which has "
+                         f"{value}; omit the flag, or set --out-dir for a new run")
     if checkpoint and args.text_encoder:
         parser.error(f"--text-encoder is for a new run, but {path} exists; set --out-dir")
     if training and args.batch_size % world_size():
@@ -482,8 +496,9 @@ def parse_args(name, parser, presets, resume_names, path, argv):
     if args.captions and not all(caption.strip() for caption in args.captions):
         parser.error("a caption is blank")
 
+    # The values that are not as typed
     if path and path.parent.name == "weights" and not args.out_dir:
-        args.out_dir = f"runs/{path.stem}-weights"  # of no run
+        args.out_dir = f"runs/{path.stem}-weights"  # leaves the folder of a later run free
     args.out_dir = run_folder(name, args)
     args.data = data.dataset_id(args.data)
     args.device = device
@@ -542,6 +557,8 @@ class TextEncoder(nn.Module):
         Short prompts are repeated up to min_prompt_length: CharCNNRNN saw few blanks in training.
         Raise UserError if nothing of a prompt is known."""
         captions = [captions] if isinstance(captions, str) else captions
+        min_length = self.config.get("min_prompt_length", 0)
+        prompts = []
         for caption in captions:
             parts = self.split(caption)
             unknown = [part for part in parts if part not in self.numbers]
@@ -549,8 +566,9 @@ class TextEncoder(nn.Module):
                 raise UserError(f"the text encoder knows nothing of {caption!r}")
             if unknown:
                 print("warning: unknown to the text encoder:", " ".join(unknown))
-        n = self.config.get("min_prompt_length", 0) + 1
-        return self.encode([" ".join([c] * max(1, n // (len(c) + 1))) for c in captions])
+            times = (min_length + 1) // (len(caption) + 1)  # with a blank between two
+            prompts.append(" ".join([caption] * max(1, times)))
+        return self.encode(prompts)
 
 
 class CharCNNRNN(TextEncoder):
@@ -623,9 +641,10 @@ class DAMSMTextEncoder(TextEncoder):
         rng = rng or torch.Generator().manual_seed(0)
         rows = []
         for caption in captions:
-            row = [self.numbers[w] for w in self.split(caption) if w in self.numbers] or [0]
+            words = [word for word in self.split(caption) if word in self.numbers]
+            row = torch.tensor([self.numbers[word] for word in words] or [0])
             kept = torch.randperm(len(row), generator=rng)[:18].sort().values
-            rows.append(torch.tensor(row)[kept])
+            rows.append(row[kept])
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def forward(self, tokens):
@@ -783,8 +802,12 @@ class ImageEncoder(nn.Module):
     def forward(self, x):
         if self.cnn:
             x = self.cnn(x)  # (B, 128, 4, 4)
-            return self.embed(x.mean((2, 3))), self.local_proj(x.flatten(2))
-        return self.embed(x[:, :2048]), self.local_proj(x[:, 2048:].unflatten(1, (768, 36)))
+            pooled = x.mean((2, 3))
+            regions = x.flatten(2)
+        else:
+            pooled = x[:, :2048]
+            regions = x[:, 2048:].unflatten(1, (768, 36))
+        return self.embed(pooled), self.local_proj(regions)
 
 
 # ---- Training of the text encoders
@@ -837,7 +860,8 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
         # A batch of random images with one caption each
         index = torch.randperm(len(train_set), generator=rng)[:batch_size]
         numbers = train_set.sample_captions(index, 1, rng)[:, 0]
-        tokens = encoder.tokenize([train_set.captions[i] for i in numbers], rng).to(device)
+        captions = [train_set.captions[i] for i in numbers]
+        tokens = encoder.tokenize(captions, rng).to(device)
         x = train_set.center_crop(index) if inputs is None else inputs[index].float()
         classes = train_set.classes[index].to(device)
 
@@ -870,7 +894,8 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
     save_checkpoint(path, {
         "kind": "text encoder", "data": name, "iterations": iterations, "features": features,
         "caption_hashes": train_set.caption_hashes(),
-        "text_encoder": encoder, "image_encoder": image_encoder})
+        "text_encoder": encoder,
+        "image_encoder": image_encoder})
 
 
 def rms_length(x):
@@ -1038,8 +1063,9 @@ def joint_embedding_accuracy(image, text, image_classes, text_classes):
     product with the mean."""
     f_v = (image @ class_means(text, text_classes).T).argmax(1)
     f_t = (text @ class_means(image, image_classes).T).argmax(1)
-    return ((f_v == image_classes).float().mean().item(),
-            (f_t == text_classes).float().mean().item())
+    right_v = f_v == image_classes
+    right_t = f_t == text_classes
+    return right_v.float().mean().item(), right_t.float().mean().item()
 
 
 def evaluate_text_encoder(kind, name, root, device):
@@ -1058,8 +1084,8 @@ def evaluate_text_encoder(kind, name, root, device):
             images = test_set.center_crop(torch.arange(len(test_set)))
             image, _ = image_encoder(images.to(device))
         else:
-            pooled = inception_features(test_set, device)[:, :2048].float().to(device)
-            image = image_encoder.embed(pooled)
+            pooled = inception_features(test_set, device)[:, :2048]
+            image = image_encoder.embed(pooled.float().to(device))
         text = embed_captions(encoder, test_set)
         if kind == "damsm":  # its score is the cosine
             image = F.normalize(image)
@@ -1074,8 +1100,10 @@ def evaluate_text_encoder(kind, name, root, device):
 def evaluation_captions(dataset, num_samples):
     """Return num_samples caption numbers in batches of 64. They have a random order, which is
     repeated if there are fewer captions."""
-    order = torch.randperm(len(dataset.captions), generator=torch.Generator().manual_seed(0))
-    return order.repeat(num_samples // len(order) + 1)[:num_samples].split(64)
+    rng = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(dataset.captions), generator=rng)
+    repeated = order.repeat(num_samples // len(order) + 1)
+    return repeated[:num_samples].split(64)
 
 
 @torch.no_grad()
@@ -1102,7 +1130,11 @@ def evaluate(draw, sample_noise, encoder, test_set, args):
     if len(captions) < 2 or len(test_set) < 2:
         raise UserError("the FID needs at least 2 generated and 2 real images")
     net = FIDInception().to(args.device)
-    fake = torch.cat([net(((x + 1) * 127.5).round() / 127.5 - 1)[0] for x in generated()])
+    fake = []
+    for images in generated():
+        images = ((images + 1) * 127.5).round() / 127.5 - 1
+        fake.append(net(images)[0])
+    fake = torch.cat(fake)
     real = []
     bar = Progress(len(test_set), "real images")
     for index in torch.arange(len(test_set)).split(64):
@@ -1170,8 +1202,9 @@ def main():
     device = init_distributed(args.device)
     if args.evaluate:
         return evaluate_text_encoder(args.encoder, name, args.root, device)
-    train_text_encoder(args.encoder, name, args.root, device, encoder_path(args.encoder, name),
-                       args.iterations, args.image_features)
+    path = encoder_path(args.encoder, name)
+    train_text_encoder(args.encoder, name, args.root, device, path, args.iterations,
+                       args.image_features)
 
 
 if __name__ == "__main__":

@@ -213,7 +213,8 @@ def image_folder(folder, split):
     print(f"{folder}: {len(records)} of {len(images)} images have captions")
 
     stems = {path.with_suffix("") for path in images}
-    others = [path for path in files if path.with_suffix("") not in stems]  # no photo.json
+    # A file that shares its name with an image, such as photo.json, is not meant as an image
+    others = [path for path in files if path.with_suffix("") not in stems]
     unreadable = [path.name for path in others if read_captions(path.with_suffix(".txt"))]
     if unreadable:
         print(f"warning: {len(unreadable)} captioned files are of kinds that Pillow cannot read:",
@@ -264,7 +265,8 @@ def toy(folder, split):
             continue
         for _ in range(27):
             attributes = dict(petal=petal, centre=centre, count=count, seed=len(records))
-            captions = [t.format(**attributes) for t in rng.choice(TEMPLATES, 4, replace=False)]
+            templates = rng.choice(TEMPLATES, 4, replace=False)
+            captions = [template.format(**attributes) for template in templates]
             records.append(Record(None, captions, petal + centre + count, None, attributes))
     return records
 
@@ -353,8 +355,6 @@ def load_image(record, side):
             low, high = (0, 65535) if ";16" in image.mode else (pixels.min(), pixels.max())
             grey = (pixels - low) / max(high - low, 1e-9) * 255
             image = Image.fromarray(grey.round().astype(np.uint8))
-        if image.mode == "YCbCr":  # has no conversion to RGBA
-            image = image.convert("RGB")
         white = Image.new("RGBA", image.size, "white")  # behind transparent pixels
         image = Image.alpha_composite(white, image.convert("RGBA"))
         image = ImageOps.fit(image.convert("RGB"), (side, side), Image.BILINEAR)
@@ -404,7 +404,7 @@ def number_classes(labels):
 class CaptionDataset:
     """N images and their M captions.
 
-    records: one Record per image. cache: the first part of the path of every file in the cache.
+    records: one Record per image. cache: how the paths of its files in datasets/cache begin.
     images: (N, 3, L, L) uint8, memory-mapped; L = 76/64 size. classes: (N,) in 0..C-1.
     captions: a list, in the order of the images; caption_owners: (M,), the image of each caption.
     caption_counts, caption_offsets: (N,), the captions of each image and the first one's number.

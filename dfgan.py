@@ -44,7 +44,7 @@ SIZES = (32, 64, 128, 256, 512)
 # ---- Networks; the parameters have the released names
 
 class Affine(nn.Module):
-    """Compute gamma(c) x + beta(c) for x (B, a, s, s). Released: c = (z, t); eq. 3 and 4: c = t."""
+    """Compute gamma(c) x + beta(c) of x (B, a, s, s). Released: c is (z, t); eq. 3: c is t."""
 
     def __init__(self, a, text_dim):
         super().__init__()
@@ -161,7 +161,7 @@ class Discriminator(nn.Module):
         return self.score(self.features(x), t)
 
 
-# ---- Losses of scores, means over the batch
+# ---- Losses, means over the batch; t' is t_wrong
 
 def hinge_loss(real, wrong, fake):
     """Return max(0, 1 - D(x, t)) + [max(0, 1 + D(x, t')) + max(0, 1 + D(G, t))] / 2  (eq. 1)."""
@@ -171,8 +171,7 @@ def hinge_loss(real, wrong, fake):
 def ma_gp(grad_x, grad_t, k=MA_GP_K, p=MA_GP_P):
     """Return MA-GP of the gradients (B, ...) of D(x, t): k (|grad_x|^2 + |grad_t|^2)^(p / 2).
 
-    That is the released code, which trained the published models. Paper: k (|grad_x| + |grad_t|)^p
-    (eq. 2)."""
+    We follow the released code, not the paper's k (|grad_x| + |grad_t|)^p (section 3.3)."""
     squared_norm = grad_x.float().square().flatten(1).sum(1)  # (B,)
     squared_norm = squared_norm + grad_t.float().square().sum(1)
     return k * (squared_norm ** (p / 2)).mean()  # sqrt(s) ** p has a NaN gradient at 0

@@ -266,8 +266,8 @@ def train(args, checkpoint=None):
         common.set_learning_rate(opt_d, lr)
         losses = common.Means()  # after a resume, of the rest of the epoch
         for _ in range(step % len(batches), len(batches)):
-            # Paper: one caption per image; released code: the mean of several
             images, captions, wrong = batches(step)
+            # Paper: one caption per image; released code: the mean of several
             t = embeddings[captions].mean(1)  # (B, 1024)
             t_wrong = embeddings[wrong].mean(1)
             t_g = t

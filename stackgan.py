@@ -305,7 +305,7 @@ def train(args, stage, checkpoint=None):
     parts = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     stages = [ema]
     if stage == 2:
-        # G0 is fixed: the average of Stage-I, in eval mode. Released: the last weights, train mode
+        # G0, fixed, is the average of Stage-I in eval mode; released: last weights, train mode
         G0 = load_generator(checkpoint, args.device)[0][0]
         parts["G0"] = G0
         stages = [G0, ema]
@@ -407,15 +407,11 @@ def load_generator(checkpoint, device="cpu"):
     if not isinstance(checkpoint, dict):
         checkpoint = common.load_checkpoint(checkpoint, NAME)
     args = checkpoint["args"]
-    stage1 = Stage1(args["ngf"])
-    if checkpoint["stage"] == 1:
-        stage1.load_state_dict(checkpoint["ema"])
-        stages = [stage1]
-    else:
-        stage1.load_state_dict(checkpoint["G0"])
-        stage2 = Stage2(args["ngf"], args["size"], args["num_residual"])
-        stage2.load_state_dict(checkpoint["ema"])
-        stages = [stage1, stage2]
+    stages = [Stage1(args["ngf"])]
+    if checkpoint["stage"] == 2:
+        stages[0].load_state_dict(checkpoint["G0"])
+        stages.append(Stage2(args["ngf"], args["size"], args["num_residual"]))
+    stages[-1].load_state_dict(checkpoint["ema"])
     for net in stages:
         net.eval().to(device, memory_format=torch.channels_last)
     encoder = common.text_encoder_from_state_dict(checkpoint["text_encoder"])

@@ -206,18 +206,13 @@ def differences(a, b):
     return [first, replayed, max(weights)]
 
 
-def compare_graph(case, device, bf16, graph):
-    """Return the row of a network, which ends with the verdict.
+def judge(eager, again, graphed, bf16):
+    """Return the differences of a training with a graph, those of two without, and a verdict.
 
-    Two runs without a graph can differ too, by the order of sums. A graph may differ by 3 times as
-    much where this is more than the limits."""
-    def no_graph(update):
-        return update
-
-    eager = train_steps(case, device, bf16, no_graph)
-    noise = differences(eager, train_steps(case, device, bf16, no_graph))
-    graphed = train_steps(case, device, bf16, graph)
+    Two trainings without a graph can differ too, by the order of sums. A graph may differ by 3
+    times as much where this is more than the limits."""
     found = differences(eager, graphed)
+    noise = differences(eager, again)
     limits = [max(limit, 3 * x) for limit, x in zip(LIMITS[bf16], noise)]
     if not all(x <= limit for x, limit in zip(found, limits)):  # also where a loss is NaN
         verdict = "WRONG"
@@ -225,18 +220,28 @@ def compare_graph(case, device, bf16, graph):
         verdict = "OK"
     else:
         verdict = "NO GRAPH"
-    columns = "".join(f"{x:10.1e}" for x in found + noise)
-    return f"{case.name:12} {'bf16' if bf16 else 'float32':7} {columns}  {verdict}"
+    return found, noise, verdict
 
 
 def check_graphs(cases, device, report):
-    report("graph: differences to training without a graph, and between two such trainings")
-    report("                      losses  replayed   weights  (without)")
+    report("graph: differences to a training without, and of two trainings without")
+    report("                      losses  replayed   weights    losses  replayed   weights")
+
+    def no_graph(update):
+        return update
+
+    def graph(update):
+        return common.CUDAGraph(update, "cuda" in device)
+
     torch.backends.cudnn.deterministic = True
-    for bf16 in (False, True):
+    for bf16 in (False, True) if "cuda" in device else (False,):
         for case in cases:
-            report(compare_graph(
-                case, device, bf16, lambda update: common.CUDAGraph(update, "cuda" in device)))
+            eager = train_steps(case, device, bf16, no_graph)
+            again = train_steps(case, device, bf16, no_graph)
+            graphed = train_steps(case, device, bf16, graph)
+            found, noise, verdict = judge(eager, again, graphed, bf16)
+            columns = "".join(f"{x:10.1e}" for x in found + noise)
+            report(f"{case.name:12} {'bf16' if bf16 else 'float32':7}{columns}  {verdict}")
             free_memory(device)
     torch.backends.cudnn.deterministic = False
 
@@ -280,7 +285,7 @@ def measure_step(case, device, graph, num_steps):
     title = f"{case.name:12} {case.batch_size:5} {'yes' if graph else 'no':>5}"
     free_memory(device)
     try:
-        training = Training(case, device, bf16=True)
+        training = Training(case, device, bf16="cuda" in device)
         update = common.CUDAGraph(training.update, graph and "cuda" in device)
         inputs = draw_inputs(case, case.batch_size, 0, device)
 
@@ -301,7 +306,7 @@ def measure_step(case, device, graph, num_steps):
 
 
 def measure_speed(cases, device, report, num_steps):
-    report("speed: one step of D and G, bfloat16, memory in GiB, seconds of the first step")
+    report("speed: one step of D and G as trained, memory in GiB, seconds of the first step")
     report("             batch graph  images/s       ms  busy memory   first")
     torch.set_float32_matmul_precision("high")  # as in training
     torch.backends.cudnn.allow_tf32 = True
@@ -310,10 +315,10 @@ def measure_speed(cases, device, report, num_steps):
             report(measure_step(case, device, graph, num_steps))
 
 
-# ---- Batches
+# ---- Batches and a run
 
 
-def measure_batches(name, batch_size, device, report, num_batches=50):
+def measure_batches(name, batch_size, device, report, num_batches):
     """Report the time of a batch with 4 captions per image."""
     dataset = data.load_dataset(name, "train", 64)
     batches = data.Batches(dataset, batch_size, device=device, captions_per_image=4)
@@ -327,9 +332,6 @@ def measure_batches(name, batch_size, device, report, num_batches=50):
         times.append((time.perf_counter() - start) / num_batches * 1e3)
     report(f"batches: {batch_size} images of 64 px, {times[0]:.2f} ms to draw the numbers, "
            f"{times[1]:.2f} ms in all")
-
-
-# ---- A run
 
 
 def write_folder(folder, num_images=40):
@@ -406,7 +408,7 @@ def main(argv=None):
         if "speed" in parts:
             measure_speed(cases, device, report, num_steps=2 if args.dry_run else 50)
         if "batches" in parts:
-            measure_batches("toy", 64, device, report)
+            measure_batches("toy", 64, device, report, num_batches=2 if args.dry_run else 50)
         if "run" in parts:
             check_run(device, report)
         report(f"{time.time() - start:.0f} seconds")

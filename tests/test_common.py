@@ -28,7 +28,7 @@ CHINESE = "一朵粉红色的花有五片花瓣"
 
 
 def make_folder(path, captions):
-    """Write one small image per caption. Return the training set, all images below 20."""
+    """Write one small image per caption. Return the training set: all images, if below 20."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     for number, caption in enumerate(captions):
@@ -150,7 +150,7 @@ def test_unknown_words_of_a_prompt_are_printed(capsys):
 
 
 def test_short_prompts_are_repeated(capsys):
-    """min_prompt_length is part of the state dict."""
+    """The length to reach, min_prompt_length, is part of the state dict."""
     encoder = tiny_char_encoder()
     encoder.config["min_prompt_length"] = 38
     encoder = common.text_encoder_from_state_dict(encoder.state_dict())
@@ -190,7 +190,7 @@ def read_line(encoder, captions, capsys):
     (["x" * 402, "y" * 402], 50.0),
     (["é" * 150 + "x" * 150, "y" * 300], 42.0)])  # 51 and 201 of 600
 def test_share_of_characters(captions, share, capsys):
-    """Unknown characters and those beyond the 201st are not read. Below 95%, a warning."""
+    """Unknown characters and those beyond the 201st are not read. Shares below 95% are warnings."""
     line = read_line(tiny_char_encoder(), captions, capsys)
     start = "warning: " if share < 95 else ""
     assert line == f"{start}the text encoder reads {share}% of the characters"
@@ -231,7 +231,7 @@ def test_chinese_folder_needs_another_encoder():
 
 
 def train_in(home, kind, iterations, path):
-    """Train a text encoder of the folder `home`. Return its state, itself, and embeddings."""
+    """Train a text encoder on images of `home`. Return its file, itself and its embeddings."""
     name = str(home / "own")
     common.train_text_encoder(kind, name, "", "cpu", path, iterations, "small")
     state = torch.load(path, weights_only=True)
@@ -245,10 +245,22 @@ def train_in(home, kind, iterations, path):
     return state, encoder, x
 
 
-def test_char_cnn_rnn_is_trained(home, capsys):
-    state, encoder, x = train_in(home, "char-cnn-rnn", 5, Path("encoder.pt"))
+def test_char_cnn_rnn_is_trained(home, monkeypatch, capsys):
+    """The last layer holds the batch norm of training: embeddings have mean 0 and variance 1."""
+    build = common.CharCNNRNN
+
+    def build_small(widths):
+        encoder = build([min(width, 16) for width in widths])
+        for weight in encoder.parameters():  # large weights tell captions apart at once
+            weight.data *= 4
+        return encoder
+
+    monkeypatch.setattr(common, "CharCNNRNN", build_small)
+    state, encoder, x = train_in(home, "char-cnn-rnn", 50, Path("encoder.pt"))
     assert "it is not saved before it ends" in capsys.readouterr().out
     assert x.shape == (44, 1024)
+    assert x.mean(0).abs().mean() < 0.2
+    assert x.std(0).mean().item() == pytest.approx(1, abs=0.3)
     assert encoder.config["min_prompt_length"] == len("it is red")
     # The projection of images starts at 0
     assert state["image_encoder"]["global_proj.weight"].any()
@@ -308,14 +320,14 @@ def test_encoder_of_a_checkpoint_and_of_a_file(home, monkeypatch):
 
 
 def test_encoder_follows_the_captions(monkeypatch, capsys):
-    """Rewritten captions: trained anew. A few more images: kept. One line says so."""
+    """After a rewrite of the captions the encoder is trained anew. After a few more, it is kept."""
     train = functools.partial(common.train_text_encoder, iterations=1, features="small")
     monkeypatch.setattr(common, "train_text_encoder", train)
     path = common.encoder_path("damsm", "own")
     captions = [f"a red flower {i}" for i in range(10)]
 
     def encoder_of(captions):
-        """Return the vocabulary of the encoder for a folder, and the lines about its file."""
+        """Return the vocabulary of the encoder for a folder, and what is printed about it."""
         dataset = make_folder("own", captions)
         capsys.readouterr()
         encoder = common.get_text_encoder("damsm", dataset, encoder_args())
@@ -343,6 +355,13 @@ def test_encoder_follows_the_captions(monkeypatch, capsys):
     shutil.move("own", "old")
     vocabulary, lines = encoder_of([f"ein blaues Haus {i}" for i in range(10)])
     assert "haus" in vocabulary
+
+    # A file of the code before does not hold the captions
+    state = torch.load(path, weights_only=True)
+    del state["caption_hashes"]
+    torch.save(state, path)
+    vocabulary, lines = encoder_of([f"a red flower {i}" for i in range(10)])
+    assert "flower" in vocabulary
 
 
 def test_missing_inception_network_names_the_file(monkeypatch):
@@ -378,7 +397,7 @@ def test_joint_embedding_loss():
 
 
 def damsm_loss_of_scores(score, classes):
-    """-log of the posterior of the right pair, over rows and columns (AttnGAN, eq. 11, 12)."""
+    """Return the mean of -log P of the right pairs over rows, plus over columns (eq. 11, 12)."""
     loss = 0
     for s in (score, score.T):
         for i in range(len(s)):
@@ -403,7 +422,7 @@ def test_sentence_loss():
 
 
 def word_score(regions, words):
-    """The match of regions (D, N) and words (D, T) (AttnGAN, eq. 7 to 10)."""
+    """Return the match of regions (D, N) and words (D, T) (AttnGAN, eq. 7 to 10)."""
     similarity = np.exp(words.T @ regions)  # (T, N)
     similarity = similarity / similarity.sum(0)  # eq. 8: over the words
     attention = np.exp(4 * similarity)
@@ -555,7 +574,7 @@ def test_samples_as_a_grid(capsys):
 
 
 def test_numbered_samples_replace_older_ones():
-    """Else an FID over the folder would count images of an earlier call."""
+    """An FID over the folder would count images of an earlier call."""
     folder = Path("run/sample")
     noise = torch.zeros(6, 1)
     embeddings = torch.tensor([0.2, 0.2, 0.2, -0.5, -0.5, -0.5])[:, None]
@@ -667,7 +686,7 @@ def first_step(dataset, checkpoint, capsys):
 
 
 def test_run_goes_on_where_its_dataset_changed(capsys):
-    """Epochs are counted on: 3 are done, whatever the number of steps of an epoch is now."""
+    """Three epochs are done, whatever the number of steps of an epoch is now."""
     dataset = make_folder("own", FLOWERS[:12])
     checkpoint = {"step": 10, "epoch": 3, "caption_hashes": dataset.caption_hashes()}
     assert first_step(dataset, checkpoint, capsys) == (10, "")
@@ -695,7 +714,7 @@ def test_run_knows_its_folder_by_name_and_captions(capsys):
     other = make_folder("other/own", [f"bird number {i}" for i in range(12)])
     with user_error("other/own has other captions.*another --out-dir"):
         first_step(other, checkpoint, capsys)
-    # Checkpoints of before do not hold the captions
+    # Checkpoints of the code before do not hold the captions
     assert first_step(other, {"step": 10, "epoch": 3}, capsys) == (10, "")
 
 
@@ -743,7 +762,7 @@ def tiny_parser():
 
 
 def parse(line):
-    """Return the flags of a command line of a script "tiny", and its checkpoint."""
+    """Return the flags of a command line of a script tiny, and its checkpoint."""
     argv = shlex.split(line)
     parser = tiny_parser()
     path = common.find_checkpoint("tiny", parser.parse_args(argv))
@@ -751,7 +770,7 @@ def parse(line):
 
 
 def save_tiny_run(path, **args):
-    """Save a checkpoint of the script "tiny"."""
+    """Save a checkpoint of the script tiny."""
     args = {"data": "flowers", "ngf": 6, "seed": 3} | args
     state = {"kind": "tiny", "step": 7, "args": args}
     common.save_checkpoint(Path(path), state)
@@ -904,7 +923,7 @@ def test_help_shows_the_defaults():
 
 
 def fid_by_symmetric_root(x, y):
-    """The FID of features in float64, with tr (C1^(1/2) C2 C1^(1/2))^(1/2)."""
+    """Return the FID of features in float64, with tr (C1^(1/2) C2 C1^(1/2))^(1/2)."""
     cov1 = np.cov(x.T)
     cov2 = np.cov(y.T)
     values, vectors = np.linalg.eigh(cov1)
@@ -939,7 +958,7 @@ def test_frechet_distance_refuses_features_that_are_not_finite(value):
 
 
 def inception_score_by_loop(logits, splits):
-    """exp of the mean KL divergence of p(y|x) from p(y), averaged over the splits."""
+    """Return exp of the mean KL divergence of p(y|x) from p(y), averaged over the splits."""
     scores = []
     for part in np.array_split(np.asarray(logits, np.float64), splits):
         p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
@@ -961,7 +980,7 @@ def test_inception_score():
 
 
 def test_inception_score_of_known_cases():
-    """Alike images: 1. Certain images of K equally frequent classes: K."""
+    """The score is 1 if all images are alike, and K for certain images of K classes."""
     alike = torch.randn(1, 6).expand(40, -1)
     assert common.inception_score(alike) == pytest.approx(1)
     certain = 1000 * torch.eye(4).repeat(10, 1)  # each split of 4 rows has all 4 classes
@@ -971,7 +990,7 @@ def test_inception_score_of_known_cases():
 
 
 def joint_embedding_accuracy_by_loop(image, text, image_classes, text_classes):
-    """Count right answers of f_v and f_t (Reed et al., CVPR 2016, eq. 2 and 3)."""
+    """Return the accuracies of f_v and f_t (Reed et al., CVPR 2016, eq. 2 and 3)."""
     def best_class(x, others, classes):
         """Return the class whose members have the largest mean inner product with x."""
         products = {y: [] for y in sorted(set(classes))}
@@ -1044,7 +1063,7 @@ def test_r_precision_against_a_loop(monkeypatch):
 
 
 def test_order_of_evaluation_captions():
-    """Every caption once in random order, then again in the same order."""
+    """Every caption occurs once in random order, then again in the same order."""
     dataset = SimpleNamespace(captions=["a caption"] * 1000)
     batches = common.evaluation_captions(dataset, 2500)
     assert [len(batch) for batch in batches] == [64] * 39 + [4]
@@ -1114,38 +1133,54 @@ def test_golden_fid(monkeypatch):
 # ---- Evaluation of a text encoder
 
 
-@pytest.mark.parametrize("kind", ["char-cnn-rnn", "damsm"])
-def test_evaluate_text_encoder(kind, home, monkeypatch, capsys):
-    """The command prints the accuracies on the test classes, and chance."""
-    monkeypatch.chdir(home)
-    command = f"common.py --encoder {kind} --data own --device cpu --evaluate"
-    monkeypatch.setattr(sys, "argv", command.split())
-    assert common.main() is None
-    printed = capsys.readouterr().out
+def embeddings_of_test_set(kind):
+    """Return the embeddings of the two test images of `home` and of their four captions.
 
+    The score of char-cnn-rnn is the inner product, that of DAMSM is the cosine."""
     path = f"runs/{kind}-own/encoder.pt"
     encoder = common.load_text_encoder(path)
     image_encoder = common.ImageEncoder(encoder.dim, small=True).eval()
     image_encoder.load_state_dict(torch.load(path)["image_encoder"])
     images = []
     captions = []
-    for colour, file in (("green", "own/green/19.png"), ("red", "own/red/9.png")):
-        image = to_tensor(Image.open(file)) * 2 - 1
-        images.append(image[:, :64, :64])  # of one colour: each crop is the same
+    for colour, number in (("green", 19), ("red", 9)):
+        image = to_tensor(Image.open(f"own/{colour}/{number}.png")) * 2 - 1
+        images.append(image[:, :64, :64])  # of one colour: all crops are equal
         captions += [f"a {colour} picture", f"it is {colour}"]
     with torch.no_grad():
-        image_embeddings, _ = image_encoder(torch.stack(images))
+        image, _ = image_encoder(torch.stack(images))
     text = encoder.encode(captions)
-    if kind == "damsm":  # the score of DAMSM is the cosine
-        image_embeddings = F.normalize(image_embeddings)
-        text = F.normalize(text)
-    f_v, f_t = joint_embedding_accuracy_by_loop(image_embeddings, text, [0, 1], [0, 0, 1, 1])
+    if kind == "damsm":
+        return F.normalize(image), F.normalize(text)
+    return image, text
+
+
+@pytest.mark.parametrize("kind", ["char-cnn-rnn", "damsm"])
+def test_evaluate_text_encoder(kind, home, monkeypatch, capsys):
+    """The command prints the accuracies on the test classes, and chance."""
+    found = []
+    accuracy = common.joint_embedding_accuracy
+
+    def joint_embedding_accuracy(image, text, image_classes, text_classes):
+        found.append((image, text))
+        return accuracy(image, text, image_classes, text_classes)
+
+    monkeypatch.setattr(common, "joint_embedding_accuracy", joint_embedding_accuracy)
+    monkeypatch.chdir(home)
+    command = f"common.py --encoder {kind} --data own --device cpu --evaluate"
+    monkeypatch.setattr(sys, "argv", command.split())
+    assert common.main() is None
+
+    image, text = embeddings_of_test_set(kind)
+    torch.testing.assert_close(found, [(image, text)])
+    f_v, f_t = joint_embedding_accuracy_by_loop(image, text, [0, 1], [0, 0, 1, 1])
+    printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == (
         f"2 test images of 2 classes; image to class (f_v) {f_v:.1%}, "
         f"caption to class (f_t) {f_t:.1%}, chance 50.0%")
 
 
-def test_evaluation_of_an_encoder_needs_its_training(capsys):
+def test_evaluation_of_an_encoder_needs_its_training():
     with pytest.raises(data.UserError) as error:
         common.evaluate_text_encoder("damsm", "cub", "datasets", "cpu")
     assert str(error.value) == ("runs/damsm-cub/encoder.pt does not exist; "

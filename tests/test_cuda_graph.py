@@ -15,11 +15,11 @@ import gan_cls
 import stackgan
 from conftest import equal
 
-EAGER_CALLS = 11  # of reference/gpu.md: cuDNN chooses its algorithms, Adam creates its state
+EAGER_CALLS = 11  # in which cuDNN chooses its algorithms and Adam creates its state
 
 
 class StandInStream:
-    """A stream that notes which streams it waited for."""
+    """Notes the streams for which it waited."""
 
     def __init__(self, name):
         self.name = name
@@ -54,7 +54,7 @@ class StandInGraph(TorchDispatchMode):
 
 
 class StandInGPU:
-    """What CUDAGraph uses of torch.cuda.
+    """Replaces what CUDAGraph uses of torch.cuda.
 
     A capture on a GPU runs nothing. The stand-in runs the function, and therefore puts back the
     tensors that `state` returns."""
@@ -203,7 +203,7 @@ def test_training_in_a_graph_has_the_bits_of_eager_training(gpu):
 
 @pytest.mark.parametrize("raised_by", ["function", "end of the capture"])
 def test_failed_capture_warns_once_and_goes_on(gpu, capsys, raised_by):
-    """For example, a function that reads a number back cannot be captured."""
+    """A function that reads a number back, for example, cannot be captured."""
     error = RuntimeError("operation not permitted when stream is capturing")
     if raised_by == "end of the capture":
         gpu.error = error
@@ -224,7 +224,7 @@ def test_failed_capture_warns_once_and_goes_on(gpu, capsys, raised_by):
 
 
 def make_script_update(script, step_of_g):
-    """Return the update() of a script with tiny networks, and its inputs, a batch of 2.
+    """Return the update() of a script with tiny networks, and its inputs for a batch of 2.
 
     step_of_g replaces the step of G's optimizer."""
     images = torch.randn(2, 3, 64, 64)
@@ -291,7 +291,7 @@ def train_steps(update, steps):
 
 
 def test_adam_with_a_tensor_rate_has_the_bits_of_a_number():
-    """Also after the rate has changed."""
+    """The bits are the same after the rate has changed, too."""
     net, optimizer, update = make_training("tensor")
     plain_net, plain_optimizer, plain_update = make_training("float")
     for first, lr in ((0, 1e-2), (5, 1e-2 / 3), (10, 7e-5)):
@@ -304,7 +304,7 @@ def test_adam_with_a_tensor_rate_has_the_bits_of_a_number():
 
 @pytest.mark.parametrize("saved_as", ["float", "tensor"])
 def test_adam_goes_on_after_loading_a_state(saved_as):
-    """Checkpoints of before have a number as rate. load_state_dict brings it back."""
+    """Checkpoints of the code before hold the rate as a number, and load_state_dict restores it."""
     saved_net, saved_optimizer, saved_update = make_training(saved_as)
     train_steps(saved_update, range(4))
     torch.save([saved_net.state_dict(), saved_optimizer.state_dict()], "state.pt")
@@ -329,7 +329,7 @@ def test_adam_goes_on_after_loading_a_state(saved_as):
 
 
 def test_rate_of_several_groups_and_of_other_devices():
-    """On a GPU the rate is a float32 tensor there: MPS has no float64."""
+    """On devices other than a CPU the rate is a float32 tensor, because MPS has no float64."""
     weights = [torch.nn.Parameter(torch.zeros(2, device="meta")) for _ in range(2)]
     optimizer = torch.optim.Adam([{"params": [weight]} for weight in weights], 1e-3)
     common.prepare_adam(optimizer, 1e-3, "meta")

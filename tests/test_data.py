@@ -716,6 +716,23 @@ def test_batches_are_a_function_of_seed_and_step(rolled):
     assert equal(first, data.Batches(dataset, 6, 3, "cpu", 2, rolled=rolled)(5))
     other_seed = data.Batches(dataset, 6, 4, "cpu", 2, rolled=rolled)(5)
     assert not equal(first[0], second[0]) and not equal(first[0], other_seed[0])
+    window = batches.draw(5)[:, 1:4]  # corner and flip
+    assert not equal(window, data.Batches(dataset, 6, 4, "cpu", 2, rolled=rolled).draw(5)[:, 1:4])
+
+
+def test_batches_are_those_of_earlier_versions():
+    """A run that was started with an older data.py goes on with the batches it would have seen."""
+    texts = []
+    for i in range(12):
+        texts.append([f"{i} first", f"{i} second", f"{i} third"][:1 + i % 3])
+    batches = data.Batches(make_dataset(texts, "aabbbbcccccc"), 6, seed=3, captions_per_image=2)
+    assert batches.draw(5).tolist() == [  # image, top, left, flip, 2 captions, 2 wrong captions
+        [8, 1, 1, 0, 17, 15, 0, 0],
+        [5, 0, 1, 0, 11, 10, 1, 2],
+        [6, 1, 1, 0, 12, 12, 0, 0],
+        [4, 2, 3, 1, 7, 8, 12, 12],
+        [9, 1, 0, 0, 18, 18, 11, 10],
+        [11, 3, 3, 1, 23, 22, 10, 9]]
 
 
 @pytest.mark.parametrize("rolled", [False, True])
