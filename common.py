@@ -566,6 +566,9 @@ class TextEncoder(nn.Module):
                 raise UserError(f"the text encoder knows nothing of {caption!r}")
             if unknown:
                 print("warning: unknown to the text encoder:", " ".join(unknown))
+            num_read = self.tokenize([caption]).count_nonzero().item()
+            if num_read < len(parts) - len(unknown):
+                print(f"warning: the text encoder reads {num_read} {self.unit} of {caption!r}")
             times = (min_length + 1) // (len(caption) + 1)  # with a blank between two
             prompts.append(" ".join([caption] * max(1, times)))
         return self.encode(prompts)

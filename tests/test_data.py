@@ -185,9 +185,10 @@ def test_real_flowers_and_cub():
     flowers = shared("data", "flowers")
     assert len(data.flowers(flowers, "train")) == 7034
     assert len(data.flowers(flowers, "test")) == 1155
-    cub = shared("data", "cub")
-    assert {record.label for record in data.cub(cub, "train")} == {2, 3, 5, 7, 10}
-    assert {record.label for record in data.cub(cub, "test")} == {1, 4, 6, 8, 9}
+    cub = shared("data", "cub")  # all of it, or its first ten classes
+    for split, expected in (("train", {2, 3, 5, 7, 10}), ("test", {1, 4, 6, 8, 9})):
+        labels = {record.label for record in data.cub(cub, split)}
+        assert labels & set(range(1, 11)) == expected
     names = shared("reference", "lists", "cub_test_classes.txt").read_text().split()
     assert data.CUB_TEST == {int(name[:3]) for name in names}
 
@@ -593,12 +594,16 @@ def test_the_cache_is_rebuilt_after_a_change():
     assert after[3, :, 9, 9].tolist() == [244, 204, 204]
 
 
-def test_a_replaced_image_with_the_same_time_is_decoded_again():
+@pytest.mark.parametrize("same", ["time", "size"])
+def test_a_replaced_image_of_the_same_time_or_size_is_decoded_again(same):
     load_folder("abcd")
     path = Path("own/b/03.png")
-    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    before = path.stat()
     Image.new("RGB", (80, 70), (244, 204, 204)).save(path)
-    os.utime(path, ns=times)
+    if same == "time":
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:
+        os.truncate(path, before.st_size)  # zeros after the end of a PNG are ignored
     images = data.load_dataset("own", "train", 16).images
     assert images[3, :, 9, 9].tolist() == [244, 204, 204]
 

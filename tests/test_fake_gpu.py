@@ -126,13 +126,13 @@ def train(home, tmp_path, monkeypatch):
     return train
 
 
-@pytest.mark.parametrize("script, stage, memory, copies_per_step", [
-    ("dfgan", None, LARGE, 1),
-    ("gan_cls", None, LARGE, 1),
-    ("gan_cls", None, SMALL, 2),
-    ("stackgan", 1, LARGE, 1),
-    ("stackgan", 2, LARGE, 1)])
-def test_training_on_a_fake_gpu(script, stage, memory, copies_per_step, train, pretend_cuda,
+@pytest.mark.parametrize("script, label, memory, copies_per_step", [
+    ("dfgan", "training", LARGE, 1),
+    ("gan_cls", "training", LARGE, 1),
+    ("gan_cls", "training", SMALL, 2),
+    ("stackgan", "Stage 1", LARGE, 1),
+    ("stackgan", "Stage 2", LARGE, 1)])
+def test_training_on_a_fake_gpu(script, label, memory, copies_per_step, train, pretend_cuda,
                                 monkeypatch):
     """Convolutions compute in bfloat16. A step copies the numbers of its batch without waiting, and
     the images too if the memory of the GPU is too small for all. Adam keeps its numbers on the GPU,
@@ -146,19 +146,19 @@ def test_training_on_a_fake_gpu(script, stage, memory, copies_per_step, train, p
         return x
 
     def end_of_step(bar, n):
+        assert bar.label == label
         copies_of_steps.append(gpu.copies)
         gpu.copies = []
         if len(copies_of_steps) == NUM_STEPS:
             raise EnoughSteps
 
-    more = f"--stage {stage}" if stage else ""
-    if stage == 2:
+    if label == "Stage 2":
         train(script, "cpu", "--stage 1")
     pretend_cuda(memory)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(common.TrainingProgress, "update", end_of_step)
     with gpu, pytest.raises(EnoughSteps):
-        train(script, "cuda", more)
+        train(script, "cuda")
 
     first, *later = copies_of_steps  # the first copies the networks too
     assert later == [[True] * copies_per_step] * (NUM_STEPS - 1)
