@@ -422,7 +422,9 @@ def load_generator(checkpoint, device="cpu"):
 
 def load_released(args):
     """Return a checkpoint of the authors' state_epoch_*.pth, without its optimizers."""
-    model = torch.load(args.init, map_location="cpu", weights_only=True)["model"]
+    model = torch.load(args.init, map_location="cpu", weights_only=True).get("model")
+    if not model:
+        raise data.UserError(f"{args.init} is not a state_epoch_*.pth of DF-GAN's authors")
     nets = {}
     for net in ("netG", "netD", "netC"):
         nets[net] = {name.removeprefix("module."): value for name, value in model[net].items()}
