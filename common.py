@@ -243,7 +243,8 @@ def save_checkpoint(path, state):
             with data.atomic_write(path) as temporary:
                 torch.save(plain, temporary)
         except (OSError, RuntimeError) as error:  # a full disk
-            raise UserError(f"cannot write {path}, an older file is kept ({str(error)[:99]})")
+            raise UserError(f"cannot write {path}, an older file is kept (is the disk full? "
+                            f"{str(error)[:99]})")
 
 
 def load_checkpoint(path, kind):
@@ -262,7 +263,8 @@ def check_writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error}); set another --out-dir")
+        raise UserError(f"cannot write to {folder} ({error}); set another --out-dir, or run the "
+                        "command in another folder")
 
 
 def save_grid(path, images, columns, captions):
@@ -346,7 +348,8 @@ def announce(args, G, D, dataset, step, num_steps):
     print(f"parameters: G {size_g:,}, D {size_d:,}")
     print(f"{len(dataset)} images, {num_steps} steps on {args.device}, to {args.out_dir}")
     if step >= num_steps:
-        print(f"already trained for {args.epochs} epochs; a larger --epochs trains on")
+        done = step * args.epochs // num_steps
+        print(f"already trained for {done} epochs; a larger --epochs trains on")
 
 
 class TrainingProgress(Progress):
@@ -549,7 +552,8 @@ class TextEncoder(nn.Module):
         tokens = self.tokenize(distinct)
         if len(distinct) > 1 and (tokens == tokens[0]).all():
             raise UserError(f"the text encoder reads all captions alike; it knows the {self.unit} "
-                            f"{' '.join(list(self.numbers)[:40])} ...")
+                            f"{' '.join(list(self.numbers)[:40])} ...; translate the "
+                            "captions, or train dfgan.py, whose text encoder learns their words")
 
     def encode_prompts(self, captions):
         """Return the embeddings of prompts, a caption or a list, (N, dim).
@@ -637,7 +641,9 @@ class DAMSMTextEncoder(TextEncoder):
 
     @staticmethod
     def split(caption):
-        return re.findall(r"\w+", caption.lower())
+        # Chinese and Japanese have no blanks: each of their characters is a word
+        caption = re.sub("([\u3040-\u30ff\u3400-\u9fff])", r" \1 ", caption.lower())
+        return re.findall(r"\w+", caption)
 
     def tokenize(self, captions, rng=None):
         """Return word numbers (B, T). Of more than 18 words a random 18 are kept, in order."""
@@ -733,8 +739,8 @@ def load_inception_weights():
     except Exception as error:
         folder = Path(torch.hub.get_dir(), "checkpoints")
         raise UserError(f"cannot download the Inception network ({error}); save {INCEPTION} in "
-                        f"{folder}. For a text encoder, python common.py --image-features small "
-                        "trains without it")
+                        f"{folder}. To train a text encoder without it, run python common.py with "
+                        "your --data and --image-features small")
 
 
 class FIDInception(nn.Module):
@@ -821,6 +827,7 @@ def train_text_encoder(kind, name, root, device, path, iterations=None, features
 
     kind: char-cnn-rnn or damsm. features: those of images, inception or small. Defaults: one
     iteration per image, at least 300 and at most 3,000, and inception; toy: 1,000 and small."""
+    check_writable(path.parent)
     # Data, and the settings of the two kinds; toy is simple enough for less
     toy = name == "toy"
     char = kind == "char-cnn-rnn"
@@ -958,14 +965,16 @@ def trained_encoder(kind, dataset, root, device):
     trained with less than nine tenths of the captions."""
     path = encoder_path(kind, dataset.name)
     known = 0
+    features = None
     if path.exists():
-        old = load_checkpoint(path, "text encoder").get("caption_hashes", torch.empty(0))
-        known = share_known(dataset.caption_hashes(), old)
+        old = load_checkpoint(path, "text encoder")
+        features = old.get("features")  # as chosen for the older encoder
+        known = share_known(dataset.caption_hashes(), old.get("caption_hashes", torch.empty(0)))
         if known < 1:
             print(f"{path} was trained with {known:.0%} of these captions; it is",
                   "kept" if known >= 0.9 else "trained anew")
     if known < 0.9:
-        train_text_encoder(kind, dataset.name, root, device, path)
+        train_text_encoder(kind, dataset.name, root, device, path, features=features)
     return path
 
 

@@ -316,11 +316,11 @@ def train(args, checkpoint=None):
     common.check_writable(args.out_dir)
     with common.main_process_first():
         train_set = data.load_dataset(args.data, "train", args.size, args.root)
+        batches = data.Batches(train_set, args.batch_size, args.seed, args.device, 1, common.rank(),
+                               common.world_size(), rolled=True)
         test_set = data.load_dataset(args.data, "test", args.size, args.root)
         encoder = common.get_text_encoder("damsm", train_set, args, checkpoint)
         embeddings = common.embed_captions(encoder, train_set)  # (captions, 256)
-    batches = data.Batches(train_set, args.batch_size, args.seed, args.device, 1, common.rank(),
-                           common.world_size(), rolled=True)
 
     # Networks, optimizers, and the average of G that draws the samples
     torch.manual_seed(args.seed)
@@ -422,9 +422,11 @@ def load_generator(checkpoint, device="cpu"):
 
 def load_released(args):
     """Return a checkpoint of the authors' state_epoch_*.pth, without its optimizers."""
-    model = torch.load(args.init, map_location="cpu", weights_only=True).get("model")
-    if not model:
-        raise data.UserError(f"{args.init} is not a state_epoch_*.pth of DF-GAN's authors")
+    try:
+        model = torch.load(args.init, map_location="cpu", weights_only=True)["model"]
+    except Exception as error:  # another file, or none
+        raise data.UserError(f"{args.init} is not a state_epoch_*.pth of DF-GAN's authors "
+                             f"({str(error)[:99]})")
     nets = {}
     for net in ("netG", "netD", "netC"):
         nets[net] = {name.removeprefix("module."): value for name, value in model[net].items()}

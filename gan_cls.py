@@ -217,11 +217,11 @@ def train(args, checkpoint=None):
     common.check_writable(args.out_dir)
     with common.main_process_first():
         train_set = data.load_dataset(args.data, "train", 64, args.root)
+        batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
+                               args.captions_per_image, common.rank(), common.world_size())
         test_set = data.load_dataset(args.data, "test", 64, args.root)
         encoder = common.get_text_encoder("char-cnn-rnn", train_set, args, checkpoint)
         embeddings = common.embed_captions(encoder, train_set)  # (captions, 1024)
-    batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
-                           args.captions_per_image, common.rank(), common.world_size())
 
     # Networks, optimizers, and the average of G that draws the samples
     torch.manual_seed(args.seed)
@@ -410,6 +410,7 @@ def style_transfer(G, encoder, args):
     key = common.short_hash(*G.state_dict().values(), args.seed, args.style_steps)
     path = args.out_dir / f"style-{key}.pt"
     if not path.exists():
+        common.check_writable(args.out_dir)
         print(f"training the style encoder {path}; it is not saved before it ends")
         train_style_encoder(S, G, encoder, args)
         common.save_checkpoint(path, {"kind": "style encoder", "S": S})

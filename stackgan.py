@@ -295,11 +295,11 @@ def train(args, stage, checkpoint=None):
     common.check_writable(args.out_dir)
     with common.main_process_first():
         train_set = data.load_dataset(args.data, "train", size, args.root)
+        batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
+                               args.captions_per_image, common.rank(), common.world_size())
         test_set = data.load_dataset(args.data, "test", size, args.root)
         encoder = common.get_text_encoder("char-cnn-rnn", train_set, args, checkpoint)
         embeddings = common.embed_captions(encoder, train_set)  # (captions, 1024)
-    batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
-                           args.captions_per_image, common.rank(), common.world_size())
 
     # Networks, optimizers, and the average of G that draws the samples
     torch.manual_seed(args.seed)

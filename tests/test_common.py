@@ -142,6 +142,14 @@ def test_tokens_of_words():
     assert not torch.equal(row, tokens_of_forty_words(8))
 
 
+def test_chinese_and_japanese_characters_are_words():
+    """Their texts have no blanks, so that a word of a whole caption would occur only once."""
+    split = common.DAMSMTextEncoder.split
+    assert split("一朵红花, 3 petals") == ["一", "朵", "红", "花", "3", "petals"]
+    assert split("あかいバラ") == ["あ", "か", "い", "バ", "ラ"]
+    assert split("Café-Rose") == ["café", "rose"]
+
+
 def test_unknown_words_of_a_prompt_are_printed(capsys):
     encoder = common.DAMSMTextEncoder(["<end>", "a", "pink", "flower"])
     x = encoder.encode_prompts("a zyzzyva flower")
@@ -209,7 +217,7 @@ def test_share_of_words(captions, share, capsys):
 
 def test_captions_that_read_alike_are_an_error():
     captions = [CHINESE[i:i + 6] for i in range(5)]
-    with user_error("all captions alike; it knows the characters a b"):
+    with user_error("all captions alike; it knows the characters a b.*train dfgan.py"):
         tiny_char_encoder().check_captions(captions)
     with user_error("all captions alike; it knows the words .*w1"):
         common.DAMSMTextEncoder(WORDS).check_captions(captions)
@@ -321,8 +329,14 @@ def test_encoder_of_a_checkpoint_and_of_a_file(home, monkeypatch):
 
 def test_encoder_follows_the_captions(monkeypatch, capsys):
     """After a rewrite of the captions the encoder is trained anew. After a few more, it is kept."""
-    train = functools.partial(common.train_text_encoder, iterations=1, features="small")
-    monkeypatch.setattr(common, "train_text_encoder", train)
+    train = common.train_text_encoder
+    chosen_features = []
+
+    def train_briefly(*arguments, features):
+        chosen_features.append(features)
+        train(*arguments, iterations=1, features="small")
+
+    monkeypatch.setattr(common, "train_text_encoder", train_briefly)
     path = common.encoder_path("damsm", "own")
     captions = [f"a red flower {i}" for i in range(10)]
 
@@ -362,6 +376,9 @@ def test_encoder_follows_the_captions(monkeypatch, capsys):
     torch.save(state, path)
     vocabulary, lines = encoder_of([f"a red flower {i}" for i in range(10)])
     assert "flower" in vocabulary
+
+    # A new encoder has the image features of the older one
+    assert chosen_features == [None, "small", "small", "small"]
 
 
 def test_missing_inception_network_names_the_file(monkeypatch):
@@ -726,8 +743,11 @@ def test_announce(capsys):
     assert capsys.readouterr().out == (
         "parameters: G 1,000, D 2,000\n20 images, 15 steps on cpu, to runs/x\n")
     common.announce(args, G, D, range(20), 15, 15)
-    message = "already trained for 3 epochs; a larger --epochs trains on"
-    assert message in capsys.readouterr().out
+    message = "already trained for {} epochs; a larger --epochs trains on"
+    assert message.format(3) in capsys.readouterr().out
+    args.epochs = 2  # less than before
+    common.announce(args, G, D, range(20), 15, 10)
+    assert message.format(3) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("seconds, lines", [

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import data
 import dfgan
 from conftest import GOLDEN, ROOT, check_step, equal, load_module
 
@@ -145,6 +146,16 @@ def refused(arguments, capsys):
 def test_init_needs_a_text_encoder(capsys):
     message = refused(["--init", "state_epoch_009.pth", "--device", "cpu"], capsys)
     assert "--init needs the text encoder of the same authors" in message
+
+
+@pytest.mark.parametrize("content", [None, b"no checkpoint", {"netG": {}}])
+def test_init_of_another_file_is_a_user_error(content):
+    if isinstance(content, dict):
+        torch.save(content, "file.pth")
+    elif content:
+        Path("file.pth").write_bytes(content)
+    with pytest.raises(data.UserError, match="file.pth is not a state_epoch"):
+        dfgan.load_released(argparse.Namespace(init="file.pth"))
 
 
 @pytest.mark.parametrize("action", [[], ["--sample", "a red bird"], ["--evaluate"]])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
+import data
 import gan_cls
 from conftest import ROOT, check_step, equal
 
@@ -342,6 +343,16 @@ def test_noise_is_standard_normal_and_depends_on_the_seed():
 
 
 # ---- Style transfer
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_training_of_s(monkeypatch):
+    Image.new("RGB", (64, 64), "red").save("photo.png")
+    Path("file").write_text("")
+    monkeypatch.setattr(gan_cls, "train_style_encoder", None)  # is not called
+    args = argparse.Namespace(style_image="photo.png", captions=["a red flower"], device="cpu",
+                              out_dir=Path("file/run"), ndf=2, seed=0, style_steps=1)
+    with pytest.raises(data.UserError, match="cannot write to file/run"):
+        gan_cls.style_transfer(gan_cls.Generator(ngf=2), None, args)
 
 
 def test_style_encoder_is_kept_for_one_g_one_seed_and_one_number_of_steps(monkeypatch):

@@ -170,6 +170,14 @@ def test_embeddings_have_the_rms_length_of_the_script(script, length):
     assert squared_lengths.mean().sqrt().item() == pytest.approx(length)
 
 
+@pytest.mark.parametrize("script", TINY)
+def test_batch_larger_than_the_dataset_is_noticed_before_the_text_encoder(
+        script, monkeypatch, capsys):
+    monkeypatch.setattr(common, "get_text_encoder", None)  # is not called
+    assert call(script, flags(script, f"none-{script}", "--batch-size 23")) == 2
+    assert "--batch-size 23 is larger than the dataset of 22" in capsys.readouterr().err
+
+
 def test_finished_run_says_so(capsys):
     whole_run("dfgan")
     assert call("dfgan", flags("dfgan", "whole-dfgan")) == 0
