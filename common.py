@@ -342,7 +342,9 @@ def share_known(hashes, known):
 
 
 def announce(args, G, D, dataset, step, num_steps):
-    """Print the sizes of the networks and of the run, and whether anything is left to do."""
+    """Print the sizes of the networks and of the run, and whether anything is left to do.
+
+    Raise UserError if --eval-every needs the FID network, and it is not available."""
     size_g = sum(p.numel() for p in G.parameters())
     size_d = sum(p.numel() for p in D.parameters())
     print(f"parameters: G {size_g:,}, D {size_d:,}")
@@ -350,6 +352,8 @@ def announce(args, G, D, dataset, step, num_steps):
     if step >= num_steps:
         done = step * args.epochs // num_steps
         print(f"already trained for {done} epochs; a larger --epochs trains on")
+    elif args.eval_every and dataset.name != "toy":
+        FIDInception()  # if it is not available, fail now and not after an epoch
 
 
 class TrainingProgress(Progress):

@@ -736,7 +736,7 @@ def test_run_knows_its_folder_by_name_and_captions(capsys):
 
 
 def test_announce(capsys):
-    args = SimpleNamespace(device="cpu", out_dir="runs/x", epochs=3)
+    args = SimpleNamespace(device="cpu", out_dir="runs/x", epochs=3, eval_every=None)
     G = torch.nn.Linear(9, 100)
     D = torch.nn.Linear(4, 400)
     common.announce(args, G, D, range(20), 10, 15)

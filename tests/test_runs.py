@@ -178,6 +178,16 @@ def test_batch_larger_than_the_dataset_is_noticed_before_the_text_encoder(
     assert "--batch-size 23 is larger than the dataset of 22" in capsys.readouterr().err
 
 
+def test_a_missing_inception_network_is_noticed_before_training(monkeypatch, capsys):
+    def no_network():
+        raise data.UserError("cannot download the Inception network")
+
+    monkeypatch.setattr(common, "load_inception_weights", no_network)
+    monkeypatch.setattr(common, "TrainingProgress", None)  # is not called
+    assert call("dfgan", flags("dfgan", "none", "--eval-every 1")) == 2
+    assert "cannot download the Inception network" in capsys.readouterr().err
+
+
 def test_finished_run_says_so(capsys):
     whole_run("dfgan")
     assert call("dfgan", flags("dfgan", "whole-dfgan")) == 0
