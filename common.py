@@ -11,6 +11,7 @@ import contextlib
 import csv
 import datetime
 import hashlib
+import math
 import os
 import pickle
 import re
@@ -371,7 +372,8 @@ class TrainingProgress(Progress):
         if self.enabled and self.done == self.initial + 5 * n:
             seconds = (time.time() - self.start) / (5 * n)  # per image
             hours = seconds * (self.total - self.done) / 3600
-            print(f"about {hours:.0f} hours" if hours > 2 else f"about {hours * 60:.0f} minutes")
+            minutes = math.ceil(hours * 60)
+            print(f"about {hours:.0f} hours" if hours > 2 else f"about {minutes} minutes")
             if hours > 24 and self.device == "cpu":
                 print(f"warning: on a CPU, a new run with {self.faster_flags} is much faster")
 

@@ -352,7 +352,9 @@ def load_image(record, side):
             pixels = np.asarray(image, float)
             if not np.isfinite(pixels).all():
                 raise ValueError("it contains NaN or infinity")
-            low, high = (0, 65535) if ";16" in image.mode else (pixels.min(), pixels.max())
+            low, high = pixels.min(), pixels.max()
+            if ";16" in image.mode:  # of 12 or 16 bits
+                low, high = 0, 4095 if high <= 4095 else 65535
             grey = (pixels - low) / max(high - low, 1e-9) * 255
             image = Image.fromarray(grey.round().astype(np.uint8))
         white = Image.new("RGBA", image.size, "white")  # behind transparent pixels

@@ -752,7 +752,7 @@ def test_announce(capsys):
 
 @pytest.mark.parametrize("seconds, lines", [
     (5, ["about 2 minutes"]),
-    (5 * 60, ["about 95 minutes"]),
+    (5 * 60, ["about 96 minutes"]),
     (5 * 600, ["about 16 hours"]),
     (5 * 3600, ["about 95 hours",
                 "warning: on a CPU, a new run with --nf 16 is much faster"])])

@@ -483,6 +483,11 @@ def test_every_mode_that_pillow_opens(mode):
         assert pixels[:, 3, 3].tolist() == [255, 255, 255]
 
 
+def test_twelve_bits_in_a_file_of_16_are_not_black():
+    Image.fromarray(np.full((4, 4), 2048, np.uint16)).save("scan.png")
+    assert decode("scan.png", 4)[:, 0, 0].tolist() == [128, 128, 128]  # 2048 / 4095 of white
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_float_images_with_nan_or_infinity_are_refused_by_name(value):
     Image.fromarray(np.float32([[0, value], [1, 2]])).save("depth.tif")
