@@ -29,8 +29,8 @@ from torch import nn
 import data
 from data import Progress, UserError
 
-# ---- Processes of torchrun
 
+# ---- Processes of torchrun
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -101,7 +101,6 @@ def average_gradients(net, optimizer):
 
 # ---- One CUDA graph per training step
 
-
 class CUDAGraph:
     """Run a function of tensors as one CUDA graph, so that the GPU does not wait for Python.
 
@@ -169,7 +168,6 @@ def set_learning_rate(optimizer, lr):
 
 
 # ---- Runs
-
 
 def run(main):
     """Run main(). Return its exit status, 2 after an error of the user, 130 after Ctrl-C."""
@@ -380,7 +378,6 @@ class TrainingProgress(Progress):
 
 # ---- Flags
 
-
 def positive_int(text):
     """Convert the value of a flag to an integer of at least 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
@@ -518,7 +515,6 @@ def parse_args(name, parser, presets, resume_names, path, argv):
 
 
 # ---- Text encoders
-
 
 class TextEncoder(nn.Module):
     """Embed captions. A subclass has
@@ -827,7 +823,6 @@ class ImageEncoder(nn.Module):
 
 # ---- Training of the text encoders
 
-
 def train_text_encoder(kind, name, root, device, path, iterations=None, features=None):
     """Train a text encoder on a dataset and save it with its image encoder.
 
@@ -1022,7 +1017,6 @@ def embed_captions(encoder, dataset):
 
 # ---- Evaluation
 
-
 def frechet_distance(x, y):
     """Return the FID of features (N, D) and (M, D), in float64 (Heusel et al. 2017, eq. 6):
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), of means and covariances."""
@@ -1200,7 +1194,6 @@ def evaluate(draw, sample_noise, encoder, test_set, args):
 
 
 # ---- Command line
-
 
 def main():
     parser = argparse.ArgumentParser(description="Train or evaluate a text encoder.")

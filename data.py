@@ -83,7 +83,6 @@ def atomic_write(path):
 
 # ---- Datasets
 
-
 def fetch(url, folder, name, md5=None):
     """Return folder/name. If it is missing, download the archive `url` and extract it."""
     from torchvision.datasets.utils import download_url
@@ -332,7 +331,6 @@ def attribute_accuracy(images, captions, dataset):
 
 
 # ---- Images
-
 
 def load_image(record, side):
     """Return the central square of an image or of its bounding box, (3, side, side) uint8.
