@@ -313,11 +313,11 @@ def train(args, checkpoint=None):
 
     Write last.pt, log.csv and grids of samples to args.out_dir. A signal returns an exit status."""
     # Data: images, and one embedding per caption from a frozen text encoder
-    common.check_writable(args.out_dir)
     with common.main_process_first():
         train_set = data.load_dataset(args.data, "train", args.size, args.root)
         batches = data.Batches(train_set, args.batch_size, args.seed, args.device, 1, common.rank(),
                                common.world_size(), rolled=True)
+        common.check_writable(args.out_dir)
         test_set = data.load_dataset(args.data, "test", args.size, args.root)
         encoder = common.get_text_encoder("damsm", train_set, args, checkpoint)
         embeddings = common.embed_captions(encoder, train_set)  # (captions, 256)

@@ -214,11 +214,11 @@ def train(args, checkpoint=None):
 
     Write last.pt, log.csv and grids of samples to args.out_dir. A signal returns an exit status."""
     # Data: images, and one embedding per caption from a frozen text encoder
-    common.check_writable(args.out_dir)
     with common.main_process_first():
         train_set = data.load_dataset(args.data, "train", 64, args.root)
         batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                                args.captions_per_image, common.rank(), common.world_size())
+        common.check_writable(args.out_dir)
         test_set = data.load_dataset(args.data, "test", 64, args.root)
         encoder = common.get_text_encoder("char-cnn-rnn", train_set, args, checkpoint)
         embeddings = common.embed_captions(encoder, train_set)  # (captions, 1024)

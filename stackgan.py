@@ -292,11 +292,11 @@ def train(args, stage, checkpoint=None):
     Write last.pt, log.csv and grids of samples to args.out_dir. A signal returns an exit status."""
     # Data: images, and one embedding per caption from a frozen text encoder
     size = 64 if stage == 1 else args.size
-    common.check_writable(args.out_dir)
     with common.main_process_first():
         train_set = data.load_dataset(args.data, "train", size, args.root)
         batches = data.Batches(train_set, args.batch_size, args.seed, args.device,
                                args.captions_per_image, common.rank(), common.world_size())
+        common.check_writable(args.out_dir)
         test_set = data.load_dataset(args.data, "test", size, args.root)
         encoder = common.get_text_encoder("char-cnn-rnn", train_set, args, checkpoint)
         embeddings = common.embed_captions(encoder, train_set)  # (captions, 1024)
