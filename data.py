@@ -526,6 +526,8 @@ def load_dataset(name, split="train", size=64, root="datasets"):
         counts = dataset.classes.bincount()
         print(f"{len(counts)} classes; the largest has {counts.max()} of {len(dataset)} "
               "training images")
+        if len(dataset) < 300:  # 137 gave patches of colour, 456 bodies (docs/results.md)
+            print("few images: expect the colours of the captions rather than shapes")
         dataset.warn_of_equal_captions()
     return dataset
 

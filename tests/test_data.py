@@ -212,7 +212,7 @@ def test_hidden_files_and_folders_are_skipped(hidden, capsys):
     load_folder(["one", "two", "three"])
     add_image(hidden, "hidden")
     assert "hidden" not in data.load_dataset("own", "train", 16).captions
-    assert "3 of 3 images" in capsys.readouterr().out.splitlines()[-2]
+    assert "3 of 3 images" in capsys.readouterr().out.splitlines()[-3]
 
 
 def test_an_image_directly_in_the_folder_is_a_class_of_its_own(capsys):
@@ -222,6 +222,14 @@ def test_an_image_directly_in_the_folder_is_a_class_of_its_own(capsys):
     assert train_set.classes.bincount().tolist() == [1, 1, 2]
     expected = "3 classes; the largest has 2 of 4 training images\n"
     assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_images, expected", [(10, True), (360, False)])
+def test_a_folder_of_few_images_says_what_to_expect(num_images, expected, capsys):
+    for i in range(num_images):
+        add_image(f"own/{i:03}.png", f"photo {i}", i % 256)
+    data.load_dataset("own", "train", 16)
+    assert ("few images: expect the colours" in capsys.readouterr().out) == expected
 
 
 @pytest.mark.parametrize("folder", ["own", "own/photos"])
@@ -286,7 +294,7 @@ def test_captioned_files_of_other_kinds_are_named(capsys):
     data.load_dataset("own", "train", 16)
     lines = capsys.readouterr().out.splitlines()
     warning = "warning: 2 captioned files are of kinds that Pillow cannot read: phone.heic, raw.CR2"
-    assert lines[-2] == warning and lines[-3].endswith("own: 2 of 2 images have captions")
+    assert lines[-3] == warning and lines[-4].endswith("own: 2 of 2 images have captions")
 
 
 def test_unusual_file_names():
